@@ -1,0 +1,94 @@
+"""The inputs of a model's linear layers, sketched as they flow by. Hooks live exactly as long as a `with`."""
+
+import zlib
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.influence import CountSketch
+
+
+class LayerInputs:
+    """Collects keys_NK for the N = B T positions of one forward:
+
+    with `width` None, the inputs of all layers concatenated (exact); else their sum after an independent sketch each,
+    so that keys . keys' estimates sum over layers of a . a' and no activation is stored.
+
+    Consecutive layers that read the same tensor (q, k and v; gate and up) share one product, scaled by the root of
+    their number, so each of them counts. Hooks read activations only, never parameters (under ZeRO-3 these are empty
+    between uses), keep nothing on the modules, and are gone before the backward, so that recomputation under
+    activation checkpointing is not recorded again. Sketches are seeded by (seed, layer name).
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        width: int | None,
+        seed: int,
+        timed: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self._layers, self._width, self._seed, self._timed = layers, width, seed, timed
+        self._sketches: dict[str, CountSketch] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+
+    def __enter__(self) -> "LayerInputs":
+        self._keys: list[Tensor] = []
+        self._mean_squares: dict[str, Tensor] = {}
+        self._shared: Tensor | None = None
+        self._readers: list[str] = []
+        self._hooks = [
+            # Before the engine's own hooks: ZeRO-3's hand every module a tensor object of its own.
+            layer.register_forward_pre_hook(lambda _module, args, name=name: self._read(name, args[0]), prepend=True)
+            for name, layer in self._layers.items()
+        ]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        if error[0] is None:
+            self._flush()
+        self._shared = None
+
+    def take_keys(self) -> Tensor:
+        """keys_NK of the forward inside the last `with`, handed over: a second call finds none."""
+        keys, self._keys = self._keys, []
+        assert keys, "no layer of the model was called inside the `with`"
+        return keys[0] if self._width is not None else torch.cat(keys, dim=1)
+
+    def norms(self) -> dict[str, Tensor]:
+        """Root mean square over tokens of each layer's input norm |a|; estimated from the sketch where there is one."""
+        return {name: square.sqrt() for name, square in self._mean_squares.items()}
+
+    @torch.no_grad()
+    def _read(self, name: str, input_BTD: Tensor) -> None:
+        with self._timed():
+            if input_BTD is not self._shared:
+                self._flush()
+                self._shared = input_BTD
+                self._pending_NK = self._sketch(name, input_BTD.detach().flatten(0, -2))
+            self._readers.append(name)
+
+    def _flush(self) -> None:
+        """Add the product that `_readers` share."""
+        if not self._readers:
+            return
+        mean_square = self._pending_NK.square().sum(1).mean()
+        self._mean_squares |= dict.fromkeys(self._readers, mean_square)
+        keys_NK = self._pending_NK * sqrt(len(self._readers))
+        if self._keys and self._width is not None:
+            self._keys[0] += keys_NK
+        else:
+            self._keys.append(keys_NK)
+        self._readers = []
+
+    def _sketch(self, name: str, input_ND: Tensor) -> Tensor:
+        if self._width is None:
+            return input_ND if input_ND.dtype == torch.float64 else input_ND.float()
+        if name not in self._sketches:
+            seed = zlib.crc32(f"{self._seed}/{name}".encode())
+            self._sketches[name] = CountSketch(input_ND.shape[1], self._width, seed, input_ND.device)
+        return self._sketches[name](input_ND)

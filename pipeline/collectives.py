@@ -1,0 +1,65 @@
+"""What ranks tell each other: the only importer of torch.distributed. One process without a group is rank 0 of 1.
+
+Every call here is collective: all ranks make it, in the same order, or they wait for each other for ever.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def launched_rank() -> int:
+    """The rank that the launcher gave this process, known before there is a process group; 0 without a launcher."""
+    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    return next((int(os.environ[name]) for name in names if name in os.environ), 0)
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(rows_UC: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order; ranks may have different numbers of them."""
+    if world_size() == 1:
+        return rows_UC
+    count = torch.tensor([len(rows_UC)], device=rows_UC.device)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(count) for count in counts]
+    padded = rows_UC.new_zeros(max(sizes), rows_UC.shape[1])
+    padded[: len(rows_UC)] = rows_UC
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+
+
+def broadcast_object(value: object) -> object:
+    """Rank 0's value, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    """Tear the process group down, at the end of a command."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,100 @@
+"""The DeepSpeed engine: the only importer of deepspeed. Nothing in it is patched."""
+
+import logging
+import os
+import shutil
+import socket
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline import collectives
+
+
+def join_process_group() -> torch.device:
+    """Meet the other ranks, started by deepspeed, mpirun, torchrun or srun, and return this rank's device.
+
+    A process started on its own, by plain python, is a world of one.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", port)
+    deepspeed.init_distributed(verbose=False)
+    accelerator = get_accelerator()
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if accelerator.device_name() == "cpu":
+        return torch.device("cpu")
+    accelerator.set_device(local_rank)
+    return torch.device(accelerator.device_name(local_rank))
+
+
+def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
+    """The engine around `model`, with the optimizer, precision and ZeRO stage of `deepspeed_config`."""
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=deepspeed_config, dist_init_required=False
+    )
+    return engine
+
+
+def save_checkpoint(engine: DeepSpeedEngine, directory: Path, tag: str, state: dict[str, Any], keep: int) -> None:
+    """Write `directory/tag` in DeepSpeed's own format, with `state` in it, and keep the newest `keep` only.
+
+    Collective. `directory/latest` names the newest whole one.
+    """
+    engine.save_checkpoint(str(directory), tag=tag, client_state=state)
+    collectives.barrier()
+    if collectives.rank() == 0:
+        saved = sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+        for old in saved[:-keep]:
+            shutil.rmtree(old)
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
+    """Put the engine into the state saved in `checkpoint` and return what was saved with it. Collective.
+
+    DeepSpeed unpickles checkpoints in full: load only what you trust.
+    """
+    path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    if path is None:
+        raise ValueError(f"resume: DeepSpeed could not load {checkpoint}; its messages above say why")
+    return state
+
+
+def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint of any ZeRO stage and world size, on the CPU: in float32 where ZeRO kept them so.
+
+    DeepSpeed unpickles checkpoints in full: load only what you trust.
+    """
+    if list(checkpoint.glob("*optim_states.pt")):
+        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return saved["module"]
+
+
+def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """All weights, whole, on the CPU, on rank 0 (empty elsewhere); one parameter is gathered at a time. Collective."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if collectives.rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    if collectives.rank() == 0:
+        saved = engine.module.state_dict().keys()
+        state |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in saved}
+    return state
+
+
+def peak_memory() -> int:
+    """Most bytes allocated on the accelerator so far; on the CPU, of the process's resident set as sampled here."""
+    return get_accelerator().max_memory_allocated()

@@ -1,0 +1,150 @@
+"""Held-out loss, perplexity and bits per byte, in total and per subset.
+
+python -m pipeline.evaluate --config FILE.yaml                                    the config's model
+python -m pipeline.evaluate --config FILE.yaml --model.name_or_path DIR           any Hugging Face directory
+deepspeed --module pipeline.evaluate --config FILE.yaml --resume auto             a run's newest checkpoint
+"""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from pipeline import collectives, engine
+from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
+from pipeline.data import PADDING
+from pipeline.loss import IGNORE, token_losses
+from pipeline.model import load_model
+from pipeline.prepare import ensure_prepared, load_report, load_split
+
+
+@torch.no_grad()
+def evaluate(
+    logits_of: Callable[[Tensor], Tensor],
+    rows: datasets.Dataset,
+    sizes: dict[str, dict[str, int]],
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """Loss over all `rows`, shared among the ranks: {"all": figures, "subsets": {subset: figures}}.
+
+    `logits_of` maps input_ids_BT to logits_BTV. A token's loss counts for its own document's subset. Figures: `loss`
+    in nats per token, `perplexity` = exp(loss), `bits_per_byte` = loss / ln 2 * tokens / bytes (The Pile,
+    arXiv 2101.00027, section 3.1) with the `tokens` and UTF-8 `bytes` of the subset's documents from `sizes`, and
+    `tokens`, how many were predicted. Collective: every rank runs as many forwards as every other, whatever its share.
+    """
+    names = sorted(sizes)
+    number = {name: index for index, name in enumerate(names)}
+    totals_S2 = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
+    world, rank = collectives.world_size(), collectives.rank()
+    rows = rows.with_format("numpy")
+    for start in range(0, len(rows), world * batch_size):
+        mine = range(start + rank * batch_size, min(start + (rank + 1) * batch_size, len(rows)))
+        # A rank that has run out still takes part in ZeRO-3's gathering; its row counts for nothing.
+        batch = rows[list(mine) or [0]]
+        ids_BT = torch.from_numpy(np.stack(batch["input_ids"]).astype(np.int64))
+        documents_BT = np.stack(batch["document_ids"])
+        subsets_BT = np.zeros_like(documents_BT)
+        for subsets_T, documents_T, subsets in zip(subsets_BT, documents_BT, batch["subset"], strict=True):
+            changes_T = np.cumsum(np.diff(documents_T, prepend=documents_T[0]) != 0)
+            padded = [number[name] for name in subsets] + [0]
+            subsets_T[:] = np.take(padded, changes_T)
+        labels_BT = torch.full_like(ids_BT, IGNORE)
+        if mine:
+            labels_BT[:, :-1] = ids_BT[:, 1:].where(torch.from_numpy(documents_BT[:, 1:] != PADDING), IGNORE)
+        subset_BT = torch.from_numpy(np.roll(subsets_BT, -1, axis=1)).to(device)
+        ids_BT, labels_BT = ids_BT.to(device), labels_BT.to(device)
+        losses_BT, _ = token_losses(logits_of(ids_BT), labels_BT)
+        labelled_BT = labels_BT != IGNORE
+        pairs_N2 = torch.stack([losses_BT, labelled_BT.to(losses_BT.dtype)], dim=-1).flatten(0, 1).double()
+        totals_S2.index_add_(0, subset_BT.flatten(), pairs_N2)
+    totals_S2 = collectives.all_reduce_sum(totals_S2).cpu()
+    return {
+        "all": _figures(*totals_S2.sum(0).tolist(), sizes.values()),
+        "subsets": {
+            name: _figures(loss, tokens, [sizes[name]])
+            for name, (loss, tokens) in zip(names, totals_S2.tolist(), strict=True)
+        },
+    }
+
+
+def _figures(loss: float, tokens: float, sizes: Any) -> dict[str, float]:
+    if tokens == 0:
+        return {"loss": math.nan, "perplexity": math.nan, "bits_per_byte": math.nan, "tokens": 0}
+    mean = loss / tokens
+    tokens_per_byte = sum(size["tokens"] for size in sizes) / sum(size["bytes"] for size in sizes)
+    return {
+        "loss": mean,
+        "perplexity": math.exp(min(mean, 700.0)),
+        "bits_per_byte": mean / math.log(2) * tokens_per_byte,
+        "tokens": int(tokens),
+    }
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint directory that `resume` means; None for none, or for auto where there is none yet.
+
+    Raises ValueError where a named one is not there.
+    """
+    if config.resume == "none":
+        return None
+    directory = Path(config.run_dir, "checkpoints") if config.resume == "auto" else Path(config.resume)
+    latest = directory / "latest"
+    if latest.is_file():
+        return directory / latest.read_text().strip()
+    if config.resume == "auto":
+        return None
+    if not list(directory.glob("*model_states.pt")):
+        raise ValueError(f"resume: {directory} holds no DeepSpeed checkpoint; give RUN_DIR/checkpoints/step-N, or auto")
+    return directory
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse("pipeline.evaluate", argv)
+    with exit_on_user_error("pipeline.evaluate"):
+        if config.data.eval_files is None:
+            raise ValueError("data.eval_files is not set: there is nothing to evaluate on")
+        checkpoint = find_checkpoint(config)
+        if collectives.launched_rank() == 0:
+            ensure_prepared(config)
+        device = engine.join_process_group()
+        collectives.barrier()
+        model = load_model(config.model, config.seed).eval()
+    if checkpoint:
+        model.load_state_dict(engine.checkpoint_weights(checkpoint), strict=False)
+    model.to(device)
+    figures = evaluate(
+        lambda ids_BT: model(input_ids=ids_BT).logits,
+        load_split(config.data.prepared_dir, "eval"),
+        load_report(config.data.prepared_dir)["eval"]["subsets"],
+        read_deepspeed_config(config)["train_micro_batch_size_per_gpu"],
+        device,
+    )
+    if collectives.rank() == 0:
+        name = str(checkpoint or config.model.name_or_path)
+        print_figures(name, figures)
+        print(json.dumps({"model": name, **figures}))
+    collectives.leave()
+
+
+def print_figures(title: str, figures: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left")
+    table.add_column("subset")
+    for column in ("tokens", "loss", "perplexity", "bits/byte"):
+        table.add_column(column, justify="right")
+    for name, row in [*figures["subsets"].items(), ("all", figures["all"])]:
+        numbers = (f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}")
+        table.add_row(name, str(row["tokens"]), *numbers)
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Layer-aware influence in moment form: moments, scores, sketches. Pure tensors: no ranks, no model, no DeepSpeed.
+
+For token t with layer inputs h_t (all layers', concatenated) and logit gradient g_t, the influence of unit u on the
+loss of a reference is, from Eq. 4 of arXiv 2510.16007 with the sum over tokens that the paper leaves silent,
+
+    S_u = sum over z in reference, t in u, t' in z of (h_t . h_t') (g_t . g_t')  =  <M_u, M>
+    M_u = sum over t in u of h_t (outer) g_t ,   M = sum over z in reference of M_z
+
+because the sum over token pairs of a product of two inner products is the inner product of two sums of outer
+products: linear in tokens, no token-pair matrix, and one (K, G) matrix to sum over ranks.
+"""
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+"""First and one-past-last position of a unit, in the flattened (B T) positions of a micro-batch."""
+
+
+def unit_moments(keys_NK: Tensor, feedback_NG: Tensor, spans: list[Span]) -> Tensor:
+    """The moment of every unit, M_u = sum over t in u of keys_t (outer) feedback_t, as (U, K, G)."""
+    moments_UKG = keys_NK.new_zeros(len(spans), keys_NK.shape[1], feedback_NG.shape[1])
+    for moment_KG, (start, stop) in zip(moments_UKG, spans, strict=True):
+        torch.mm(keys_NK[start:stop].T, feedback_NG[start:stop], out=moment_KG)
+    return moments_UKG
+
+
+def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, include_self: bool) -> Tensor:
+    """S_u = <M_u, M>, less the own term <M_u, M_u> where `include_self` is False; shape (U,).
+
+    The one owner of the sign: **positive helps**. A step along the unit's own gradient then lowers the reference's
+    loss. Eq. 4 carries a leading minus while the paper's text drops "negative influence"; we return the plus, so
+    that the paper's rule (drop below 0) drops what opposes the reference. Units: squared activations, times the
+    square of a probability; only comparisons within one micro-batch mean something.
+    """
+    scores_U = torch.einsum("ukg,kg->u", moments_UKG, reference_KG)
+    if not include_self:
+        scores_U = scores_U - torch.einsum("ukg,ukg->u", moments_UKG, moments_UKG)
+    return scores_U
+
+
+class CountSketch:
+    """A seeded random map from `dim` to `width` numbers that keeps inner products in expectation.
+
+    y[b] = sum over i with bucket(i) = b of s_i x_i, with random signs s and coordinates dealt to buckets evenly by a
+    random permutation (no two share a bucket when dim <= width: the map is then exact). Unbiased:
+    E[y . y'] = x . x' over seeds; variance = (C-1)/(dim-1) * sum over i != j of (x_i^2 x'_j^2 + x_i x'_i x_j x'_j),
+    for C = dim / width coordinates a bucket: at most (|x|^2 |x'|^2 + (x . x')^2) / width, so the standard error
+    falls like 1 / sqrt(width).
+
+    The map depends on (seed, dim, width) only, never on the device or the rank, and drawing it leaves torch's global
+    generator alone.
+    """
+
+    def __init__(self, dim: int, width: int, seed: int, device: torch.device) -> None:
+        self.width = width
+        rows = -(-dim // width)
+        generator = torch.Generator().manual_seed(seed)
+        # Slots left over in the last row read coordinate 0 with sign 0.
+        index = torch.zeros(rows * width, dtype=torch.long)
+        signs = torch.zeros(rows * width)
+        index[:dim] = torch.randperm(dim, generator=generator)
+        signs[:dim] = torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0
+        self._index, self._signs = index.to(device), signs.to(device)
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        """(N, dim) -> (N, width), in float32 (float64 stays)."""
+        signed = x_ND.index_select(1, self._index) * self._signs.to(x_ND.dtype)
+        dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+        return signed.view(len(x_ND), -1, self.width).sum(1, dtype=dtype)
+
+
+class SquaredGradient:
+    """D: a running mean, per logit coordinate, of squared logit gradients (Appendix E), and the scale made of it.
+
+    D <- decay D + (1 - decay) (sum over labelled tokens of g^2) / tokens, over the global micro-batch, and the scale
+    of each side is (D_hat + eps^2)^-power with the bias-corrected D_hat = D / (1 - decay^n). Power 1/2 is the
+    paper's, which multiplies both sides by Adam's whole denominator; 1/4 on each side makes their product g g' /
+    sqrt(v), Adam's own step. Before the first micro-batch the scale is 1: a micro-batch is scored with the D of those
+    before it, so that no softmax has to be formed twice.
+    """
+
+    EPS = 1e-8
+
+    def __init__(self, vocabulary: int, decay: float, power: float, device: torch.device) -> None:
+        self.decay, self.power = decay, power
+        self.mean_V = torch.zeros(vocabulary, device=device)
+        self.updates = 0
+        self.scale_V: Tensor | None = None
+
+    def update(self, sum_V: Tensor, tokens: float) -> None:
+        """Take in the sum of g^2 over the `tokens` labelled tokens of a global micro-batch; none, no update."""
+        if tokens > 0:
+            self.load(self.mean_V * self.decay + sum_V * ((1 - self.decay) / tokens), self.updates + 1)
+
+    def load(self, mean_V: Tensor, updates: int) -> None:
+        """Go on from a saved `mean_V` after `updates` updates."""
+        self.mean_V, self.updates = mean_V.to(self.mean_V.device), updates
+        if updates:
+            self.scale_V = (self.mean_V / (1 - self.decay**updates) + self.EPS**2).pow(-self.power)

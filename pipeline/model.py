@@ -1,0 +1,55 @@
+"""The causal LM from transformers, with or without ZeRO-3; its linear layers and its head."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.pytorch_utils import Conv1D
+
+from pipeline.config import ModelConfig
+
+
+def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The model in float32 (DeepSpeed casts it), in training mode; partitioned from the start under ZeRO-3.
+
+    `name_or_path` is a hub id or a directory with weights, or a `*.json` model config: then the weights are random,
+    from `seed`. Raises ValueError where there is no such model.
+    """
+    # Alive while the model is made, this makes transformers load and initialise ZeRO-3 partitions correctly, tied
+    # weights included; a bare deepspeed.zero.Init initialises GPT-Neo wrongly.
+    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
+    torch.manual_seed(seed)
+    try:
+        if config.name_or_path.endswith(".json"):
+            settings = json.loads(Path(config.name_or_path).read_text())
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.name_or_path: no model could be loaded from '{config.name_or_path}' ({error}); give a hub id, a "
+            "directory with weights, or a model config (*.json) to start from scratch"
+        ) from error
+    del zero3
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.config.use_cache = False
+    return model.train()
+
+
+def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Every linear map, the LM head included, by name, in the model's own order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
+def head_layer(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The LM head alone, by name. Raises ValueError where the model has none."""
+    head = model.get_output_embeddings()
+    layer = {name: module for name, module in linear_layers(model).items() if module is head}
+    if not layer:
+        raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
+    return layer

@@ -1,0 +1,232 @@
+"""Continue pre-training, and know at every step which samples help.
+
+deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstart.yaml [--influence.estimator lli ...]
+"""
+
+import itertools
+import json
+import shutil
+import signal
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import collectives, engine, ledger
+from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
+from pipeline.data import Samples, UnitTable
+from pipeline.engine import DeepSpeedEngine
+from pipeline.estimator import Estimator
+from pipeline.evaluate import evaluate, find_checkpoint
+from pipeline.loss import IGNORE, token_losses, weighted_mean
+from pipeline.model import load_model
+from pipeline.observe import Recorder, print_summary
+from pipeline.policy import decide
+from pipeline.prepare import ensure_prepared, load_fingerprint, load_report, load_split
+from pipeline.timing import Stopwatch
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside DeepSpeed's own: enough to go on as if nothing had happened."""
+
+    step: int
+    position: int
+    evaluations: dict[int, dict[str, Any]]
+    estimator: dict[str, Any]
+    world_size: int
+    fingerprint: dict[str, Any]
+
+
+def train(config: Config) -> None:
+    """Run `config` from its start, or from its checkpoint, to `max_steps` or until a signal asks for a stop."""
+    with exit_on_user_error("pipeline.train"):
+        checkpoint = find_checkpoint(config)
+        if collectives.launched_rank() == 0:
+            ensure_prepared(config)
+            if checkpoint is None:
+                _move_aside(Path(config.run_dir))
+        stop = StopSignal()
+        device = engine.join_process_group()
+        collectives.barrier()
+        rank, world = collectives.rank(), collectives.world_size()
+        deepspeed_config = read_deepspeed_config(config)
+        samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
+        model = load_model(config.model, config.seed, deepspeed_config)
+        timed = Stopwatch(device)
+        estimator = Estimator(config.influence, model, config.seed, device, timed)
+        ds_engine = engine.initialize(model, deepspeed_config)
+        progress = Progress(0, 0, {}, {}, world, load_fingerprint(config.data.prepared_dir))
+        if checkpoint:
+            progress = _resume(ds_engine, checkpoint, progress)
+            estimator.load_state_dict(progress.estimator)
+
+    size = ds_engine.train_micro_batch_size_per_gpu()
+    accumulation = ds_engine.gradient_accumulation_steps()
+    recorder = Recorder(config, samples, progress.step) if rank == 0 else None
+    if not checkpoint:
+        _evaluate(ds_engine, config, progress, recorder)
+
+    while progress.step < config.max_steps and not stop.agreed:
+        step = progress.step + 1
+        with timed("step"):
+            for micro_step in range(accumulation):
+                micro_batch = progress.step * accumulation + micro_step
+                batch = samples.batch(progress.position + rank * size, size, device)
+                _seed_dropout(config.seed, micro_batch, rank)
+
+                with estimator.capture():
+                    logits = ds_engine(input_ids=batch.input_ids_BT).logits
+                losses_BT, feedback_NG = token_losses(logits, batch.labels_BT, estimator.visit)
+                losses_U = batch.sum_per_unit(losses_BT.detach())
+                tokens_U = batch.sum_per_unit(batch.labels_BT != IGNORE)
+                scores_U = estimator.scores(batch.units, losses_U, tokens_U, feedback_NG)
+
+                with timed("decide"):
+                    # All that ranks must know of each other's units to decide alike, in one gather.
+                    units = UnitTable.gather(rank, scores_U, losses_U, tokens_U, stop.requested)
+                    _refuse_non_finite(units, step, scored=config.influence.estimator != "none")
+                    decision = decide(units.scores, units.tokens, config.policy, step, config.seed, micro_batch)
+
+                weights_BT = batch.spread_over_tokens(decision.weights[units.ranks == rank])
+                kept_tokens = float((decision.weights * units.tokens).sum())
+                ds_engine.backward(weighted_mean(losses_BT, weights_BT, kept_tokens, world))
+                ds_engine.step()
+
+                if recorder:
+                    where = {"step": step, "micro_step": micro_step, "position": progress.position}
+                    recorder.micro_batch(where, size * world, units, decision)
+                progress.position += size * world
+
+        progress.step = step
+        stop.agreed = units.stop
+        if recorder:
+            recorder.step(step, _engine_scalars(ds_engine), timed.read(), estimator.norms())
+        if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0:
+            _evaluate(ds_engine, config, progress, recorder)
+        if step % config.checkpoint.every_steps == 0 or step == config.max_steps or stop.agreed:
+            _checkpoint(ds_engine, config, progress, estimator, recorder)
+
+    if progress.step == config.max_steps:
+        _finish(ds_engine, config, progress, recorder)
+    elif recorder:
+        recorder.close()
+        print(f"stopped by a signal after step {progress.step}; --resume auto goes on from there", flush=True)
+    collectives.barrier()
+    collectives.leave()
+
+
+class StopSignal:
+    """SIGTERM or SIGINT at any rank: `requested` here, `agreed` once all ranks know, at the end of a step."""
+
+    def __init__(self) -> None:
+        self.requested = self.agreed = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._request)
+
+    def _request(self, *_: object) -> None:
+        self.requested = True
+
+
+def _move_aside(run_dir: Path) -> None:
+    """Nothing of an earlier run is deleted or mixed into the new one."""
+    if any(run_dir.glob("*")):
+        number = next(n for n in itertools.count(1) if not Path(f"{run_dir}.{n}").exists())
+        run_dir.rename(f"{run_dir}.{number}")
+        print(f"{run_dir} held an earlier run, moved to {run_dir}.{number} (--resume auto goes on)", flush=True)
+
+
+def _seed_dropout(seed: int, micro_batch: int, rank: int) -> None:
+    """Draws are a function of where the run is, so a resumed run draws as an unbroken one."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, micro_batch, rank]).generate_state(1)[0]))
+
+
+def _refuse_non_finite(units: UnitTable, step: int, scored: bool) -> None:
+    """Every rank holds the same table, so all raise or none does."""
+    bad = ~units.losses.isfinite() | (scored & ~units.scores.isfinite())
+    if bad.any():
+        which = ", ".join(f"unit {u} on rank {units.ranks[u]}" for u in bad.nonzero().flatten().tolist())
+        raise FloatingPointError(
+            f"step {step}: the loss or score of {which} of the global micro-batch is not finite; nothing was updated. "
+            "The newest checkpoint is from before: lower the learning rate or look at the documents, then resume"
+        )
+
+
+def _engine_scalars(ds_engine: DeepSpeedEngine) -> dict[str, float]:
+    return {
+        "train/lr": ds_engine.get_lr()[0],
+        "train/grad_norm": float(ds_engine.get_global_grad_norm() or 0.0),
+        "train/memory_gb": engine.peak_memory() / 1e9,
+    }
+
+
+def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None) -> None:
+    """Held-out figures of the model as it is, into `progress` and TensorBoard. Collective."""
+    if config.data.eval_files is None:
+        return
+    ds_engine.eval()
+    progress.evaluations[progress.step] = figures = evaluate(
+        lambda ids_BT: ds_engine(input_ids=ids_BT).logits,
+        load_split(config.data.prepared_dir, "eval"),
+        load_report(config.data.prepared_dir)["eval"]["subsets"],
+        ds_engine.train_micro_batch_size_per_gpu(),
+        ds_engine.device,
+    )
+    ds_engine.train()
+    if recorder:
+        recorder.evaluation(figures, progress.step)
+
+
+def _checkpoint(
+    ds_engine: DeepSpeedEngine, config: Config, progress: Progress, estimator: Estimator, recorder: Recorder | None
+) -> None:
+    progress.estimator = estimator.state_dict()
+    directory = Path(config.run_dir, "checkpoints")
+    engine.save_checkpoint(ds_engine, directory, f"step-{progress.step}", vars(progress), config.checkpoint.keep)
+    if recorder:
+        recorder.commit(progress.step)
+
+
+def _resume(ds_engine: DeepSpeedEngine, checkpoint: Path, fresh: Progress) -> Progress:
+    """The progress saved in `checkpoint`; refuses one of another dataset or world size."""
+    saved = engine.load_checkpoint(ds_engine, checkpoint)
+    progress = Progress(**{field.name: saved[field.name] for field in fields(Progress)})
+    if progress.world_size != fresh.world_size:
+        raise ValueError(f"resume: {checkpoint} was written by {progress.world_size} ranks, not {fresh.world_size}")
+    if progress.fingerprint != fresh.fingerprint:
+        raise ValueError(f"resume: {checkpoint} was trained on another dataset than the one in data.prepared_dir")
+    return progress
+
+
+def _finish(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None) -> None:
+    """Last held-out figures, the model as a Hugging Face directory, the summary. Collective."""
+    if progress.step not in progress.evaluations:
+        _evaluate(ds_engine, config, progress, recorder)
+    weights = engine.full_state_dict(ds_engine)
+    if recorder is None:
+        return
+    run_dir = Path(config.run_dir)
+    ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
+    shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
+    evaluations = [progress.evaluations.get(step) for step in (0, progress.step)]
+    summary = {
+        "run_dir": config.run_dir,
+        "steps": progress.step,
+        "sequences": progress.position,
+        "evaluation_before": evaluations[0],
+        "evaluation_after": evaluations[1],
+        "units_by_subset": ledger.counts_by_subset(ledger.read(run_dir)),
+        "scoring_fraction": recorder.close(),
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    print_summary(summary)
+
+
+def main(argv: list[str] | None = None) -> None:
+    train(parse("pipeline.train", argv))
+
+
+if __name__ == "__main__":
+    main()
