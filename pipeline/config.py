@@ -28,7 +28,7 @@ class ModelConfig:
     tokenizer: str | None = None
     """Hub id or local directory of the tokenizer; `train` trains a byte-level BPE of the model's vocabulary size on
     the training files. Default: the one that belongs to `name_or_path`."""
-    gradient_checkpointing: bool = False
+    activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
 
 

@@ -38,13 +38,13 @@ class Estimator:
         head = head_layer(model)
         vocabulary = next(iter(head.values())).out_features
         layers = linear_layers(model) if config.estimator == "lai" else head
-        width = None if config.sketch == "none" else config.sketch.inputs
+        width, self._sketch = None, None
+        if config.sketch != "none":
+            width = config.sketch.inputs
+            if config.sketch.gradients < vocabulary:
+                seed_of_logits = zlib.crc32(f"{seed}/logits".encode())
+                self._sketch = CountSketch(vocabulary, config.sketch.gradients, seed_of_logits, device)
         self._inputs = LayerInputs(layers, width, seed, partial(timed, "layer inputs"))
-        self._sketch = (
-            None
-            if config.sketch == "none"
-            else CountSketch(vocabulary, config.sketch.gradients, zlib.crc32(f"{seed}/logits".encode()), device)
-        )
         if config.precondition == "adam_ema":
             self._squared = SquaredGradient(vocabulary, config.adam_decay, config.adam_power, device)
             self._square_sum_V = torch.zeros(vocabulary, device=device)

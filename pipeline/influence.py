@@ -26,17 +26,17 @@ def unit_moments(keys_NK: Tensor, feedback_NG: Tensor, spans: list[Span]) -> Ten
 
 
 def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, include_self: bool) -> Tensor:
-    """S_u = <M_u, M>, less the own term <M_u, M_u> where `include_self` is False; shape (U,).
+    """S_u = <M_u, M>, or without the own term <M_u, M - M_u>; shape (U,), float64.
 
     The one owner of the sign: **positive helps**. A step along the unit's own gradient then lowers the reference's
     loss. Eq. 4 carries a leading minus while the paper's text drops "negative influence"; we return the plus, so
     that the paper's rule (drop below 0) drops what opposes the reference. Units: squared activations, times the
     square of a probability; only comparisons within one micro-batch mean something.
     """
-    scores_U = torch.einsum("ukg,kg->u", moments_UKG, reference_KG)
-    if not include_self:
-        scores_U = scores_U - torch.einsum("ukg,ukg->u", moments_UKG, moments_UKG)
-    return scores_U
+    # Summed in float64: own terms dwarf the others, and K G float32 products lose four digits on some devices.
+    others = (reference_KG if include_self else reference_KG - moment_KG for moment_KG in moments_UKG)
+    products = [(moment_KG * other_KG).sum(dtype=torch.float64) for moment_KG, other_KG in zip(moments_UKG, others)]
+    return torch.stack(products)
 
 
 class CountSketch:

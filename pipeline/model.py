@@ -35,8 +35,8 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
             "directory with weights, or a model config (*.json) to start from scratch"
         ) from error
     del zero3
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
     model.config.use_cache = False
     return model.train()
 

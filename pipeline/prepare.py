@@ -37,7 +37,7 @@ from pipeline.corpus import Document, Problem, builtin_documents, read_documents
 
 FORMAT = 1  # raise it whenever the same inputs would give other rows
 BATCH_DOCUMENTS = 1_000
-BATCH_CHARACTERS = 8_000_000  # bounds memory: the tokenizer needs some hundred bytes a token
+BATCH_CHARACTERS = 8_000_000  # the tokenizer takes some 140 bytes a character (and a longer document all of it)
 TOKENIZER_CHARACTERS = 8_000_000  # what a tokenizer is trained on
 EOS = "<|endoftext|>"
 PROBLEMS_PRINTED = 5
@@ -292,8 +292,8 @@ class _Problems:
     first: list[Problem] = field(default_factory=list)
 
     def leave_out(self, records: Iterable[Document | Problem]) -> Iterator[Document]:
-        """The documents among the records. Raises ValueError where problems are more than `limit` of all records:
-        at the end, or on the way, after 1,000 records, where they are ten times too many."""
+        """The documents among the records. Raises ValueError as soon as, of 1,000 records or more, ten times more than
+        `limit` are problems: a wrong field name should not cost a night. The verdict on all is the caller's `check`."""
         for record in records:
             if isinstance(record, Document):
                 self.documents += 1
@@ -306,9 +306,9 @@ class _Problems:
                 tqdm.write(f"left out: {record.file}:{record.line}: {record.what}", file=sys.stderr)
             if self.documents + self.kinds.total() >= 1_000:
                 self.check(10 * self.limit)
-        self.check(self.limit)
 
     def check(self, limit: float) -> None:
+        """Raises ValueError where more than `limit` of the records so far are problems."""
         problems, records = self.kinds.total(), self.documents + self.kinds.total()
         if problems > limit * records:
             offenders = "\n".join(f"  {p.file}:{p.line}: {p.what}" for p in self.first[:PROBLEMS_PRINTED])

@@ -48,7 +48,6 @@ def train(config: Config) -> None:
             ensure_prepared(config)
             if checkpoint is None:
                 _move_aside(Path(config.run_dir))
-        stop = StopSignal()
         device = engine.join_process_group()
         collectives.barrier()
         rank, world = collectives.rank(), collectives.world_size()
@@ -69,6 +68,7 @@ def train(config: Config) -> None:
     if not checkpoint:
         _evaluate(ds_engine, config, progress, recorder)
 
+    stop = StopSignal()
     while progress.step < config.max_steps and not stop.agreed:
         step = progress.step + 1
         with timed("step"):
@@ -115,7 +115,6 @@ def train(config: Config) -> None:
         recorder.close()
         print(f"stopped by a signal after step {progress.step}; --resume auto goes on from there", flush=True)
     collectives.barrier()
-    collectives.leave()
 
 
 class StopSignal:
@@ -226,6 +225,7 @@ def _finish(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, reco
 
 def main(argv: list[str] | None = None) -> None:
     train(parse("pipeline.train", argv))
+    collectives.leave()
 
 
 if __name__ == "__main__":

@@ -100,7 +100,8 @@ def test_a_compressed_file_cut_anywhere_loses_its_end_but_never_in_silence(tmp_p
     for size in range(len(whole)):
         path = write(tmp_path / f"cut{suffix}", whole[:size])
         *before, last = read(path)
-        assert isinstance(last, Problem) and last.line == len(before)
+        assert isinstance(last, Problem)
+        assert last.line == len(before)
         assert last.what == "empty file" if size == 0 else last.what.startswith("compressed stream ends or is corrupt")
         assert [d.text for d in before] == [d.text for d in documents[: len(before)]]
 
@@ -147,7 +148,8 @@ def test_parquet_rows_are_documents_or_problems(tmp_path):
     pq.write_table(pa.Table.from_pylist(rows * 100), path)
     found = read(path)
     assert [item.line for item in found] == list(range(1, 401))
-    assert found[4] == Document("x", "p", str(path), 5) and found[7] == Document("y", "-", str(path), 8)
+    assert found[4] == Document("x", "p", str(path), 5)
+    assert found[7] == Document("y", "-", str(path), 8)
     assert Counter(p.what for p in found if isinstance(p, Problem)) == {"no text field `text`": 100, "empty text": 100}
     assert {p.what for p in read(path, DataConfig(prepared_dir="-", text_field="body"))} == {"no text field `body`"}
     write(path, path.read_bytes()[:-10])
@@ -238,4 +240,5 @@ def test_pieces_of_a_text_put_together_are_the_text(text):
     assert "".join(d.text for d in pieces).strip() == text.strip()
     for piece in pieces:
         assert text.split("\n")[piece.line - 1] == piece.text.split("\n")[0]
-        assert len(piece.text) <= 20 or piece.text.count("\n", 0, -1) == 0 or not piece.text[:-20].strip()
+        *before, _ = io.StringIO(piece.text)
+        assert len(piece.text) <= 20 or not "".join(before).strip()  # only one line too long makes a long piece

@@ -1,0 +1,71 @@
+import argparse
+import functools
+import inspect
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from tests.distributed import Ranks  # noqa: E402
+from tests.models import VOCABULARY, save_tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """A pair of gloo ranks that lives as long as the session."""
+    pair = Ranks(2)
+    yield pair
+    pair.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real documents and models, where the checkout has them beside it."""
+    directory = Path(__file__).parents[2] / "shared" / "data"
+    if not directory.is_dir():
+        pytest.skip(f"no real data at {directory}")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Real documents (docstrings of the standard library, in three subsets), a byte-level tokenizer of the tiny
+    models' vocabulary, and a place for the prepared dataset."""
+    directory = tmp_path_factory.mktemp("corpus")
+    documents = []
+    for subset, module in {"os": os, "argparse": argparse, "statistics": statistics}.items():
+        for name, value in sorted(vars(module).items()):
+            text = inspect.getdoc(value) if callable(value) else None
+            if text and len(text) > 40:
+                documents.append({"text": text, "meta": {"pile_set_name": subset, "name": name}})
+    (directory / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<eos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator([document["text"] for document in documents], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+    fast.save_pretrained(directory / "tokenizer")
+    return directory
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Directory of a tiny model to continue from, by kind."""
+
+    @functools.cache
+    def saved(kind: str) -> Path:
+        return save_tiny(kind, tmp_path_factory.mktemp(kind))
+
+    return saved

@@ -1,0 +1,63 @@
+"""Real runs for tests: configs over a small real corpus, DeepSpeed JSONs, and what came out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.config import Config, parse
+from pipeline.train import train
+
+LEARNING_RATE = 0.5
+
+
+def deepspeed_json(path: Path, stage: int = 2, micro: int = 2, accumulation: int = 1, **settings: Any) -> Path:
+    """Plain SGD without clipping unless told otherwise: the applied update is then the gradient, and no optimizer
+    hides a wrong factor."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": LEARNING_RATE}},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {"stage": stage},
+        **settings,
+    }
+    path.write_text(json.dumps(content))
+    return path
+
+
+ADAM = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "torch_adam": True}}
+
+
+def config_of(corpus: Path, run_dir: Path, model: Path, deepspeed: Path, **overrides: Any) -> Config:
+    """The config of a short run; overrides with `__` for dots: `policy__rate=0.5`."""
+    options = {
+        "run_dir": run_dir,
+        "deepspeed_config": deepspeed,
+        "model.name_or_path": model,
+        "model.tokenizer": corpus / "tokenizer",
+        "data.prepared_dir": corpus / "prepared",
+        "data.train_files": corpus / "documents.jsonl",
+        "data.sequence_length": 16,
+        "seed": 3,
+    } | {key.replace("__", "."): value for key, value in overrides.items()}
+    return parse("pipeline.train", [f"--{key}={value}" for key, value in options.items()])
+
+
+def run(config: Config) -> None:
+    """The main job, on a rank of the pair."""
+    train(config)
+
+
+def weights(model_dir: Path) -> dict[str, torch.Tensor]:
+    return dict(AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).named_parameters())
+
+
+def largest_difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> float:
+    assert left.keys() == right.keys()
+    return max(float((left[name] - right[name]).abs().max()) for name in left)

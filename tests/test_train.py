@@ -1,0 +1,351 @@
+"""The main job on two real gloo ranks, against one process that nothing has partitioned."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow.compute as pc
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline import engine, ledger
+from pipeline.config import Config, read_deepspeed_config
+from pipeline.data import Samples
+from pipeline.loss import IGNORE
+from pipeline.model import load_model
+from pipeline.prepare import load_split
+from tests.reference import token_pair_scores
+from tests.runs import ADAM, LEARNING_RATE, config_of, deepspeed_json, largest_difference, run, weights
+
+CPU = torch.device("cpu")
+
+
+def close_to_largest(got: Any, expected: Any, tolerance: float = 1e-4) -> bool:
+    got, expected = torch.as_tensor(got).double(), torch.as_tensor(expected).double()
+    return bool((got - expected).abs().max() <= tolerance * expected.abs().max())
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("estimator", ["lai", "lli"])
+@pytest.mark.parametrize("kind", ["gpt_neo", "llama", "llama_tied", "gpt2"])
+def test_exact_scores_in_the_ledger_are_eq_4_over_token_pairs(
+    ranks, corpus, tiny_model, tmp_path, kind, estimator, include_self
+):
+    """Catches a local instead of a global batch, a hook that ZeRO-3 blinds, and a wrong sign, shift or own term."""
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model(kind),
+        deepspeed_json(tmp_path / "ds.json", stage=3),
+        max_steps=1,
+        influence__estimator=estimator,
+        influence__include_self=include_self,
+        influence__sketch="none",
+        policy__action="observe",
+    )
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run")
+    assert rows["rank"].to_pylist() == [0, 0, 1, 1]
+    batch = Samples(load_split(corpus / "prepared", "train"), config.seed, "sequence").batch(0, 4, CPU)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model(kind))
+    expected = token_pair_scores(model, batch.input_ids_BT, batch.labels_BT, estimator == "lli", include_self)
+    assert close_to_largest(rows["score"].to_pylist(), expected)
+
+
+def plain_training(config: Config, rows: Any, accumulation: int, clip: float = 0.0) -> dict[str, torch.Tensor]:
+    """One process, autograd and SGD over the units that `rows` kept: the mean over micro-batches of each one's
+    mean over its kept tokens."""
+    model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
+    samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
+    for step in range(1, config.max_steps + 1):
+        for micro_step in range(accumulation):
+            part = rows.filter((pc.field("step") == step) & (pc.field("micro_step") == micro_step))
+            positions = part["position"].to_pylist()
+            batch = samples.batch(positions[0], positions[-1] - positions[0] + 1, CPU)
+            labels = batch.labels_BT.flatten().clone()
+            for unit, kept in zip(batch.units, part["kept"].to_pylist(), strict=True):
+                if not kept:
+                    labels[slice(*unit.span)] = IGNORE
+            if (labels != IGNORE).any():
+                logits = model(input_ids=batch.input_ids_BT).logits.flatten(0, 1)
+                (torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE) / accumulation).backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+@pytest.mark.parametrize("unit", ["sequence", "document"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_update_after_dropping_equals_plain_autograd_over_what_was_kept(
+    ranks, corpus, tiny_model, tmp_path, stage, unit
+):
+    """Catches a missing world size or accumulation factor and dropped tokens in the denominator, at every stage."""
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("gpt_neo"),
+        deepspeed_json(tmp_path / "ds.json", stage, accumulation=2),
+        max_steps=2,
+        policy__rule="rate",
+        policy__rate=0.4,
+        influence__include_self=False,
+        influence__unit=unit,
+    )
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run")
+    dropped = rows.filter(~pc.field("kept"))
+    assert len(dropped) > 2
+    assert len({(row["step"], row["micro_step"], row["rank"]) for row in dropped.to_pylist()}) > 1
+    before, after = weights(tiny_model("gpt_neo")), weights(tmp_path / "run" / "model")
+    assert largest_difference(before, after) > 1e-2
+    assert largest_difference(plain_training(config, rows, accumulation=2), after) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_rank_that_keeps_nothing_goes_on_and_counts_for_nothing(ranks, corpus, tiny_model, tmp_path, stage):
+    """One sample a rank and half of them dropped: in every micro-batch one rank keeps nothing."""
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json", stage, micro=1, accumulation=2),
+        max_steps=3,
+        policy__rule="rate",
+        policy__rate=0.5,
+    )
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run")
+    assert rows["kept"].to_pylist().count(False) == 6
+    after = weights(tmp_path / "run" / "model")
+    assert largest_difference(plain_training(config, rows, accumulation=2), after) < 1e-5
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_global_batch_that_is_dropped_whole_changes_nothing(ranks, corpus, tiny_model, tmp_path, stage):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json", stage),
+        max_steps=2,
+        policy__threshold=1e30,
+        policy__max_drop_fraction=1.0,
+    )
+    ranks(run, config)
+    assert ledger.read(tmp_path / "run")["kept"].to_pylist() == [False] * 8
+    assert largest_difference(weights(tiny_model("llama")), weights(tmp_path / "run" / "model")) == 0
+
+
+def test_clipping_sees_the_gradient_of_what_was_kept(ranks, corpus, tiny_model, tmp_path):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json", 2, gradient_clipping=0.1),
+        max_steps=2,
+        policy__rule="rate",
+        policy__rate=0.5,
+    )
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run")
+    assert rows["kept"].to_pylist().count(False) == 4
+    expected = plain_training(config, rows, accumulation=1, clip=0.1)
+    assert largest_difference(expected, plain_training(config, rows, accumulation=1)) > 1e-3
+    assert largest_difference(expected, weights(tmp_path / "run" / "model")) < 1e-5
+
+
+@pytest.mark.parametrize("precondition", ["none", "adam_ema"])
+def test_observe_is_bit_identical_to_no_estimator(ranks, corpus, tiny_model, tmp_path, precondition):
+    """Catches scoring that touches the loss, the gradient or the random state of the model."""
+    deepspeed = deepspeed_json(tmp_path / "ds.json", 2, accumulation=2, optimizer=ADAM)
+    common = {"max_steps": 4, "model__activation_checkpointing": True}
+    observe = config_of(
+        corpus,
+        tmp_path / "observe",
+        tiny_model("gpt_neo"),
+        deepspeed,
+        influence__precondition=precondition,
+        policy__action="observe",
+        **common,
+    )
+    none = config_of(corpus, tmp_path / "none", tiny_model("gpt_neo"), deepspeed, influence__estimator="none", **common)
+    ranks(run, observe)
+    ranks(run, none)
+    scored, unscored = ledger.read(tmp_path / "observe"), ledger.read(tmp_path / "none")
+    assert scored["score"].null_count == 0
+    assert unscored["score"].null_count == len(unscored)
+    assert scored["loss"].equals(unscored["loss"])
+    assert largest_difference(weights(tmp_path / "observe" / "model"), weights(tmp_path / "none" / "model")) == 0
+
+
+def plain_deepspeed_loop(config: Config) -> dict[str, torch.Tensor]:
+    """What a user would write without us: transformers' own loss, no hooks, no weights."""
+    deepspeed_config = read_deepspeed_config(config)
+    model = load_model(config.model, config.seed, deepspeed_config)
+    ds_engine = engine.initialize(model, deepspeed_config)
+    samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, "sequence")
+    size = ds_engine.train_micro_batch_size_per_gpu()
+    for step in range(config.max_steps):
+        batch = samples.batch(2 * size * step + torch.distributed.get_rank() * size, size, CPU)
+        ds_engine.backward(ds_engine(input_ids=batch.input_ids_BT, labels=batch.input_ids_BT).loss)
+        ds_engine.step()
+    return engine.full_state_dict(ds_engine)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_no_estimator_equals_a_plain_deepspeed_loop_with_transformers_own_loss(
+    ranks, corpus, tiny_model, tmp_path, stage
+):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json", stage),
+        max_steps=3,
+        influence__estimator="none",
+    )
+    ranks(run, config)
+    plain = ranks(plain_deepspeed_loop, config)[0]
+    assert largest_difference(plain, weights(tmp_path / "run" / "model")) < 1e-6
+
+
+OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+
+def test_losses_scores_and_decisions_are_the_same_at_every_stage(ranks, corpus, tiny_model, tmp_path):
+    """Also with offload, with activation checkpointing, and with other splits into micro-batches per rank."""
+    ledgers = {}
+    for name, settings in {
+        "0": {"stage": 0},
+        "1": {"stage": 1},
+        "2": {"stage": 2},
+        "3": {"stage": 3},
+        "3 with offload": {"stage": 3, "zero_optimization": OFFLOAD},
+        "2 with checkpointing": {"stage": 2},
+    }.items():
+        run_dir = tmp_path / name.replace(" ", "_")
+        config = config_of(
+            corpus,
+            run_dir,
+            tiny_model("llama"),
+            deepspeed_json(tmp_path / f"{run_dir.name}.json", micro=4, optimizer=ADAM, **settings),
+            max_steps=4,
+            influence__include_self=False,
+            influence__precondition="adam_ema",
+            model__activation_checkpointing="checkpointing" in name,
+            policy__rule="rate",
+            policy__rate=0.25,
+        )
+        ranks(run, config)
+        ledgers[name] = ledger.read(run_dir)
+    first = ledgers.pop("0")
+    assert first["kept"].to_pylist().count(False) == 8
+    for name, other in ledgers.items():
+        assert close_to_largest(other["loss"].to_pylist(), first["loss"].to_pylist()), name
+        for step in range(1, 5):
+            ours, theirs = (table.filter(pc.field("step") == step) for table in (first, other))
+            assert close_to_largest(theirs["score"].to_pylist(), ours["score"].to_pylist()), name
+        assert other["kept"].equals(first["kept"]), name
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_resumed_run_equals_an_unbroken_one_exactly(ranks, corpus, tiny_model, tmp_path, stage):
+    """Catches a lost data position, running average, optimizer or dropout state, and rows recorded twice."""
+    run_dir = tmp_path / "run"
+    options: dict[str, Any] = {
+        "max_steps": 5,
+        "checkpoint__every_steps": 2,
+        "checkpoint__keep": 3,
+        "influence__precondition": "adam_ema",
+        "influence__include_self": False,
+        "policy__rule": "rate",
+        "policy__rate": 0.3,
+    }
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 4}}
+    deepspeed = deepspeed_json(tmp_path / "ds.json", stage, accumulation=2, optimizer=ADAM, scheduler=scheduler)
+    ranks(run, config_of(corpus, run_dir, tiny_model("gpt_neo"), deepspeed, **options))
+    unbroken, model = ledger.read(run_dir), weights(run_dir / "model")
+    assert False in unbroken["kept"].to_pylist()
+
+    for checkpoint in ("step-2", "step-4"):
+        resume = run_dir / "checkpoints" / checkpoint
+        ranks(run, config_of(corpus, run_dir, tiny_model("gpt_neo"), deepspeed, resume=resume, **options))
+        assert ledger.read(run_dir).equals(unbroken)
+        assert largest_difference(weights(run_dir / "model"), model) == 0
+
+
+def test_checkpoints_beyond_keep_are_removed_and_another_dataset_is_refused(ranks, corpus, tiny_model, tmp_path):
+    run_dir, deepspeed = tmp_path / "run", deepspeed_json(tmp_path / "ds.json")
+    model = tiny_model("llama")
+    ranks(run, config_of(corpus, run_dir, model, deepspeed, max_steps=3, checkpoint__every_steps=1))
+    assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == ["step-2", "step-3"]
+    other = config_of(
+        corpus,
+        run_dir,
+        model,
+        deepspeed,
+        max_steps=4,
+        resume="auto",
+        data__sequence_length=8,
+        data__prepared_dir=tmp_path / "other",
+    )
+    with pytest.raises(AssertionError, match="SystemExit: 2"):
+        ranks(run, other)
+
+
+def test_a_new_run_moves_an_earlier_one_aside(ranks, corpus, tiny_model, tmp_path):
+    for _ in range(2):
+        config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed_json(tmp_path / "ds.json"), max_steps=1)
+        ranks(run, config)
+    assert len(ledger.read(tmp_path / "run")) == len(ledger.read(Path(f"{tmp_path}/run.1"))) == 4
+
+
+def test_bfloat16_trains_and_scores_close_to_float32(ranks, corpus, tiny_model, tmp_path):
+    scores = {}
+    for name, settings in {"float32": {}, "bfloat16": {"bf16": {"enabled": True}}}.items():
+        config = config_of(
+            corpus,
+            tmp_path / name,
+            tiny_model("gpt_neo"),
+            deepspeed_json(tmp_path / f"{name}.json", 2, micro=4, optimizer=ADAM, **settings),
+            max_steps=2,
+            influence__include_self=False,
+        )
+        ranks(run, config)
+        scores[name] = ledger.read(tmp_path / name)["score"].to_pylist()[:8]
+    assert scores["float32"] != scores["bfloat16"]
+    assert close_to_largest(scores["bfloat16"], scores["float32"], tolerance=0.05)
+
+
+def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(ranks, corpus, tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.norm.weight.fill_(torch.inf)
+    model.save_pretrained(tmp_path / "broken")
+    config = config_of(corpus, tmp_path / "run", tmp_path / "broken", deepspeed_json(tmp_path / "ds.json"), max_steps=1)
+    with pytest.raises(AssertionError, match="FloatingPointError: step 1: the loss or score of unit 0 on rank 0"):
+        ranks(run, config)
+
+
+@pytest.mark.parametrize("estimator", ["random", "loss"])
+def test_control_estimators(ranks, corpus, tiny_model, tmp_path, estimator):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json"),
+        max_steps=2,
+        influence__estimator=estimator,
+        policy__rule="rate",
+        policy__rate=0.5,
+    )
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run").to_pandas()
+    if estimator == "loss":
+        assert rows["score"].to_list() == (-rows["loss"]).to_list()
+    assert rows["score"].nunique() == 8
+    for _, part in rows.groupby("step"):
+        assert part[~part["kept"]]["score"].max() < part[part["kept"]]["score"].min()
