@@ -38,7 +38,8 @@ class DataConfig:
     """Directory of the tokenized, packed, memory-mapped dataset; made by `pipeline.prepare` where it is missing."""
     train_files: str | list[str] = BUILTIN
     """What to train on: paths or globs (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.txt`, `.parquet`), a hub id
-    (`name:split`, default split train), or `builtin`: the text that every Python installation carries."""
+    (`owner/name` or `owner/name:split`, default split train), or `builtin`: the text that every Python installation
+    carries."""
     eval_files: str | list[str] | None = None
     """Held-out documents, in the same forms; `builtin` holds out a twentieth of its documents. Default: none."""
     sequence_length: int = 1024
@@ -189,6 +190,8 @@ def _check(config: Config) -> None:
     for key, number in at_least_one.items():
         if number is not None and number < 1:
             raise ValueError(f"{key} is too small ({number}): sequences need two tokens, everything else at least 1")
+    if config.seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {config.seed}")
     for key, number in {
         "policy.rate": policy.rate,
         "policy.max_drop_fraction": policy.max_drop_fraction,

@@ -5,27 +5,25 @@ Nothing is skipped in silence: what cannot be a document is a `Problem` with its
 
 import codecs
 import glob
-import hashlib
 import io
 import json
-import math
-import pydoc_data.topics
 import re
-import ssl
 import sys
-import sysconfig
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
+from tqdm import tqdm
 
+from pipeline.builtin import builtin_documents
 from pipeline.config import BUILTIN, DataConfig
+from pipeline.document import Document, Problem, Split
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(:[\w.\[\]%+-]+)?")
@@ -33,33 +31,11 @@ DECOMPRESSORS: dict[str, Callable[[], Any]] = {
     ".gz": lambda: zlib.decompressobj(wbits=31),  # 31: with a gzip header
     ".zst": lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(),  # as written with --long=31
 }
-
-PIECE = 32_768  # characters that a builtin document may have; longer ones are cut at line ends
-HELD_OUT = 20  # one in so many builtin documents is for evaluation
-JUNK_FRACTION = 0.05  # bytes that certificates, and tables, may add to the builtin text
+PROBLEMS_PRINTED = 5
+PROBLEMS_KEPT = 100
 
 
-@dataclass(frozen=True)
-class Document:
-    text: str
-    subset: str
-    file: str
-    line: int
-    """Where it starts: line of the file, or row (hub, parquet), from 1."""
-
-
-@dataclass(frozen=True)
-class Problem:
-    file: str
-    line: int
-    """As in `Document`; 0 for the file itself."""
-    what: str
-    """Its kind, in the same words wherever it occurs, so that kinds can be counted."""
-
-
-def read_documents(
-    files: str | list[str], data: DataConfig, split: Literal["train", "eval"]
-) -> Iterator[Document | Problem]:
+def read_documents(files: str | list[str], data: DataConfig, split: Split) -> Iterator[Document | Problem]:
     """Every document of `files` (`data.train_files` or `data.eval_files`) and every problem, in their order there.
 
     `split` matters to `builtin` only, which holds out a twentieth. Raises ValueError on a source that cannot be read
@@ -217,74 +193,37 @@ def _hub(source: str, data: DataConfig) -> Iterator[Document | Problem]:
         yield _document(record, source, row, data.text_field, data.subset_field)
 
 
-@cache
-def builtin_documents() -> dict[str, list[Document]]:
-    """The text that every Python installation carries, `train` and `eval`: the same on the same installation.
+@dataclass
+class Problems:
+    """What was wrong with the records of a split so far."""
 
-    Subsets: `stdlib`, `topics`, `packages`, and natural junk, `certificates` and `tables`. Identical texts are there
-    once; every subset with two documents or more is in both splits. Splits are mixed by a hash of name and text.
-    """
-    unique: dict[str, Document] = {}
-    for document in _builtin():
-        unique.setdefault(_hash(document.text), document)
-    subsets: dict[str, list[Document]] = {}
-    for _, document in sorted(unique.items()):  # by hash: what is held out or left out depends on the text alone
-        subsets.setdefault(document.subset, []).append(document)
-    clean = sum(len(d.text) for d in unique.values() if d.subset in ("stdlib", "topics", "packages"))
-    for junk in ("certificates", "tables"):
-        room = int(JUNK_FRACTION * clean)
-        subsets[junk] = [d for d in subsets.get(junk, []) if (room := room - len(d.text)) >= 0]
-    splits: dict[str, list[Document]] = {"train": [], "eval": []}
-    for documents in subsets.values():
-        held_out = math.ceil(len(documents) / HELD_OUT)
-        splits["eval"] += documents[:held_out]
-        splits["train"] += documents[held_out:]
-    for documents in splits.values():
-        documents.sort(key=lambda d: _hash(f"{d.file}:{d.line}:{d.text}"))
-    return splits
+    limit: float
+    documents: int = 0
+    kinds: Counter[str] = field(default_factory=Counter)
+    first: list[Problem] = field(default_factory=list)
 
+    def leave_out(self, records: Iterable[Document | Problem]) -> Iterator[Document]:
+        """The documents among the records. Raises ValueError as soon as, of 1,000 records or more, ten times more than
+        `limit` are problems: a wrong field name should not cost a night. The verdict on all is the caller's `check`."""
+        for record in records:
+            if isinstance(record, Document):
+                self.documents += 1
+                yield record
+                continue
+            self.kinds[record.what] += 1
+            if len(self.first) < PROBLEMS_KEPT:
+                self.first.append(record)
+            if len(self.first) <= PROBLEMS_PRINTED and self.kinds.total() <= PROBLEMS_PRINTED:
+                tqdm.write(f"left out: {record.file}:{record.line}: {record.what}", file=sys.stderr)
+            if self.documents + self.kinds.total() >= 1_000:
+                self.check(10 * self.limit)
 
-def _builtin() -> Iterator[Document]:
-    stdlib = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(stdlib.rglob("*.py")):
-        name = path.relative_to(stdlib)
-        # Tests would triple the corpus, topics follow below, and what pip installed is not the standard library.
-        if not {"test", "tests", "idle_test", "pydoc_data", "site-packages", "dist-packages"} & set(name.parts):
-            text = path.read_bytes().decode(errors="replace")
-            coded = name.parts[0] == "encodings" and re.search(r"^(de|en)coding_(table|map)\b", text, re.MULTILINE)
-            table = coded or name.as_posix() == "html/entities.py"
-            yield from _pieces("tables" if table else "stdlib", f"stdlib/{name.as_posix()}", text)
-    for topic, text in sorted(pydoc_data.topics.topics.items()):
-        yield from _pieces("topics", f"topics/{topic}", text)
-    # Not importlib.metadata: it also looks into the current directory, and would change with it.
-    installed = sorted({Path(p) for p in sys.path if Path(p).name in ("site-packages", "dist-packages")})
-    for root in installed:
-        for path in sorted(root.glob("*.dist-info/**/*")):
-            if path.is_file() and re.match("METADATA$|LICEN[CS]E|COPYING|NOTICE", path.name):
-                text = path.read_bytes().decode(errors="replace")
-                if path.name == "METADATA":
-                    text = text.partition("\n\n")[2]  # the description, which follows the headers
-                yield from _pieces("packages", f"packages/{path.relative_to(root).as_posix()}", text)
-    bundles = [root / package / "cacert.pem" for root in installed for package in ("certifi", "pip/_vendor/certifi")]
-    for path in [*bundles, Path(ssl.get_default_verify_paths().cafile or "")]:
-        if path.is_file():
-            text, line = path.read_bytes().decode(errors="replace"), 1
-            for certificate in re.findall(r".*?-----END CERTIFICATE-----\n", text, re.DOTALL):
-                yield Document(certificate, "certificates", f"certificates/{path.name}", line)
-                line += certificate.count("\n")
-            return  # one bundle: the others hold the same authorities
-
-
-def _pieces(subset: str, name: str, text: str) -> Iterator[Document]:
-    """A text in pieces of at most `PIECE` characters, cut at line ends (a longer line stays whole)."""
-    piece, start, end = "", 1, 1
-    for line in [*io.StringIO(text), ""]:  # splits at \n only, unlike str.splitlines
-        if (not line or len(piece) + len(line) > PIECE) and piece.strip():
-            yield Document(piece, subset, name, start)
-            piece, start = "", end
-        piece += line
-        end += 1
-
-
-def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+    def check(self, limit: float) -> None:
+        """Raises ValueError where more than `limit` of the records so far are problems."""
+        problems, records = self.kinds.total(), self.documents + self.kinds.total()
+        if problems > limit * records:
+            offenders = "\n".join(f"  {p.file}:{p.line}: {p.what}" for p in self.first[:PROBLEMS_PRINTED])
+            raise ValueError(
+                f"{problems} of {records} records cannot be used, more than data.max_bad_fraction = {self.limit} of "
+                f"them:\n{offenders}\nRepair the files, or raise data.max_bad_fraction to leave such records out."
+            )

@@ -1,6 +1,7 @@
 """What a person looks at: progress bar, TensorBoard, the table at the end of a run; and the ledger that feeds them."""
 
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,7 +41,11 @@ class Recorder:
         self._board = TensorBoard(run_dir, step, ledger.read(run_dir))
         if not step:
             self._board.hyperparameters(to_yaml(config))
-        self._bar = tqdm(total=config.max_steps, initial=step, unit="step", desc="train", dynamic_ncols=True)
+        # A log file gets a line now and then instead of a bar that moves.
+        interval = 1.0 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(
+            total=config.max_steps, initial=step, unit="step", desc="train", dynamic_ncols=True, mininterval=interval
+        )
         self._rows: list[pa.Table] = []
         self._losses: list[float] = []
         self._seconds: Counter[str] = Counter()
@@ -86,13 +91,14 @@ class Recorder:
         self._board.scalars(
             {"train/loss": loss, "train/tokens_per_second": rate, "train/scoring_fraction": scoring, **scalars}, step
         )
+        self._board.scalars({f"time/{part}": value for part, value in seconds.items()}, step)
         detailed = step % self._observe.every_steps == 0
         self._board.influence(rows, step, histogram=detailed)
         if detailed:
             self._board.scalars({f"activation_norm/{name}": float(norm) for name, norm in norms.items()}, step)
             if self._observe.log_texts:
                 self._board.removed_texts(rows, self._text_of, step)
-        self._bar.set_postfix(loss=f"{loss:.3f}", removed=self._board.removed, tok_s=f"{rate:.0f}")
+        self._bar.set_postfix(loss=f"{loss:.3f}", removed=self._board.removed, tok_s=f"{rate:.0f}", refresh=False)
         self._bar.update()
 
     def evaluation(self, figures: dict[str, Any], step: int) -> None:

@@ -11,53 +11,51 @@ Run it with `python -m pipeline.prepare --config run.yaml`; training does where 
 """
 
 import glob
-import hashlib
 import json
 import os
 import shutil
 import socket
-import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, load_from_disk
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import BUILTIN, TRAIN_TOKENIZER, Config, exit_on_user_error, parse
-from pipeline.corpus import Document, Problem, builtin_documents, read_documents, resolve
+from pipeline.config import Config, exit_on_user_error, parse
+from pipeline.corpus import Problems, read_documents
+from pipeline.document import Document, Split
+from pipeline.fingerprint import changes, fingerprint
+from pipeline.tokenizer import encode, load_tokenizer, train_tokenizer
 
-FORMAT = 1  # raise it whenever the same inputs would give other rows
 BATCH_DOCUMENTS = 1_000
 BATCH_CHARACTERS = 8_000_000  # the tokenizer takes some 140 bytes a character (and a longer document all of it)
-TOKENIZER_CHARACTERS = 8_000_000  # what a tokenizer is trained on
-EOS = "<|endoftext|>"
-PROBLEMS_PRINTED = 5
-PROBLEMS_KEPT = 100
 SOURCES = pa.schema(
     [("document_id", pa.int64()), ("file", pa.string()), ("line", pa.int64()), ("subset", pa.string()),
      ("tokens", pa.int64()), ("bytes", pa.int64())]
 )  # fmt: skip
 
-Split = Literal["train", "eval"]
-
 
 def ensure_prepared(config: Config) -> None:
-    """Prepare where `data.prepared_dir` is missing. Raises ValueError where it was made of something else."""
+    """Prepare where `data.prepared_dir` is missing. Raises ValueError where it was made of something else.
+
+    An eval split that the config does not ask for is no difference.
+    """
     directory = Path(config.data.prepared_dir)
     if not (directory / "fingerprint.json").exists():
         return prepare(config)
-    if changes := _changes(load_fingerprint(directory), fingerprint(config, _pretrained_tokenizer(config))):
+    old, new = load_fingerprint(directory), fingerprint(config, load_tokenizer(config))
+    if config.data.eval_files is None:
+        old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
+    if differences := changes(old, new):
         raise ValueError(
-            f"data.prepared_dir: {directory} was prepared from something else:\n{changes}\n"
+            f"data.prepared_dir: {directory} was prepared from something else:\n{differences}\n"
             "Run `python -m pipeline.prepare --config ...` to replace it, or choose another data.prepared_dir."
         )
 
@@ -75,13 +73,13 @@ def prepare(config: Config) -> None:
         raise ValueError(
             f"data.prepared_dir: {target} exists and is no prepared dataset; remove it or choose another directory"
         )
-    tokenizer = _pretrained_tokenizer(config)
+    tokenizer = load_tokenizer(config)
     new = fingerprint(config, tokenizer)
     if exists:
-        changes = _changes(load_fingerprint(target), new)
-        if not changes:
+        differences = changes(load_fingerprint(target), new)
+        if not differences:
             return print(f"{target} is already prepared from the same inputs")
-        print(f"{target} was prepared from something else and will be replaced:\n{changes}")
+        print(f"{target} was prepared from something else and will be replaced:\n{differences}")
 
     # The host is part of the name: on a shared file system, another node's process ids say nothing here.
     prefix = f"{target.name}.tmp-{socket.gethostname()}-"
@@ -92,7 +90,7 @@ def prepare(config: Config) -> None:
     temporary.mkdir(parents=True)
     try:
         if tokenizer is None:
-            tokenizer = _train_tokenizer(config)
+            tokenizer = train_tokenizer(config)
         report = {"train": _write_split(config, "train", tokenizer, temporary)}
         if config.data.eval_files is not None:
             report["eval"] = _write_split(config, "eval", tokenizer, temporary)
@@ -105,6 +103,19 @@ def prepare(config: Config) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(temporary.with_name(f"{temporary.name}.replaced"), ignore_errors=True)
+
+
+def _others_alive(pid: str) -> bool:
+    """Whether another process with this id runs on this host."""
+    if not pid.isdigit() or int(pid) == os.getpid():  # our own id: a container's processes get the same ones again
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
 
 
 def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
@@ -141,181 +152,7 @@ def _load_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-# What made a dataset
-
-
-def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """Everything that decides what the rows are; reads every file once. `tokenizer` is None where it is trained."""
-    data = config.data
-    return {
-        "format": FORMAT,
-        "train_files": [_identity(source, "train") for source in resolve(data.train_files)],
-        "eval_files": None if data.eval_files is None else [_identity(s, "eval") for s in resolve(data.eval_files)],
-        "tokenizer": {"trained": _vocabulary_size(config)} if tokenizer is None else _tokenizer_identity(tokenizer),
-        "seed": config.seed,
-        **{key: getattr(data, key) for key in (
-            "sequence_length", "text_field", "subset_field", "max_sequences", "max_eval_sequences"
-        )},
-    }  # fmt: skip
-
-
-def _identity(source: str, split: Split) -> dict[str, Any]:
-    """Of a file its name (not its directory, which may move), size and content; of builtin text its content."""
-    digest = hashlib.blake2b(digest_size=16)
-    if source == BUILTIN:
-        for document in builtin_documents()[split]:
-            digest.update(repr(document).encode())
-        return {"builtin": digest.hexdigest()}
-    if not Path(source).is_file():
-        return {"hub": source}
-    with open(source, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"name": Path(source).name, "size": Path(source).stat().st_size, "blake2b": digest.hexdigest()}
-
-
-def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as directory:
-        tokenizer.save_pretrained(directory)
-        digest = hashlib.blake2b(digest_size=16)
-        for path in sorted(Path(directory).iterdir()):
-            # The settings file differs between versions of transformers; of it, only eos matters to the rows.
-            if path.name != "tokenizer_config.json":
-                digest.update(path.name.encode() + path.read_bytes())
-    return {"blake2b": digest.hexdigest(), "eos": tokenizer.eos_token}
-
-
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The keys that differ, one a line, with both values; empty where none does."""
-    before, after = _flat(old), _flat(new)
-    lines = [
-        f"  {key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
-        for key in {**before, **after}
-        if key not in before or key not in after or before[key] != after[key]
-    ]
-    return "\n".join(lines[:20] + [f"  ... and {len(lines) - 20} more"] * (len(lines) > 20))
-
-
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict | list):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".strip(".")).items()}
-
-
-def _others_alive(pid: str) -> bool:
-    """Whether another process with this id runs on this host."""
-    if not pid.isdigit() or int(pid) == os.getpid():  # our own id: a container's processes get the same ones again
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-# The tokenizer
-
-
-def _pretrained_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that the config names; None where it is to be trained."""
-    name = config.model.tokenizer or config.model.name_or_path
-    if name == TRAIN_TOKENIZER:
-        return None
-    if name.endswith(".json"):
-        raise ValueError(
-            f"model.tokenizer: {name} is a model config, which has no tokenizer; set model.tokenizer to a hub id or a "
-            f"local directory, or to `{TRAIN_TOKENIZER}`"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.tokenizer: no tokenizer can be loaded from `{name}`: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.tokenizer: `{name}` has no eos token, which has to close every document; give it one "
-            "(tokenizer.eos_token = ..., save_pretrained) and name the saved directory"
-        )
-    return tokenizer
-
-
-def _vocabulary_size(config: Config) -> int:
-    path = Path(config.model.name_or_path)
-    if path.suffix != ".json" or not path.is_file():
-        raise ValueError(
-            f"model.tokenizer: `{TRAIN_TOKENIZER}` takes its vocabulary size from a model config (*.json), and "
-            f"model.name_or_path is `{path}`; name such a file, or a tokenizer"
-        )
-    size = json.loads(path.read_text()).get("vocab_size")
-    if not isinstance(size, int) or size < 257:
-        raise ValueError(f"{path}: vocab_size is {size}; a byte-level tokenizer needs at least 257 (256 bytes and eos)")
-    return size
-
-
-def _train_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """A byte-level BPE, trained on the first `TOKENIZER_CHARACTERS` of the training documents."""
-
-    def sample() -> Iterator[str]:
-        room = TOKENIZER_CHARACTERS
-        for document in read_documents(config.data.train_files, config.data, "train"):
-            if isinstance(document, Document):
-                yield document.text[:room]
-                room -= len(document.text)
-            if room <= 0:
-                return
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_vocabulary_size(config),
-        special_tokens=[EOS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte: no text is ever unknown
-        show_progress=False,
-    )
-    bpe.train_from_iterator(sample(), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, clean_up_tokenization_spaces=False)
-
-
 # The rows
-
-
-@dataclass
-class _Problems:
-    """What was wrong with the records of a split so far."""
-
-    limit: float
-    documents: int = 0
-    kinds: Counter[str] = field(default_factory=Counter)
-    first: list[Problem] = field(default_factory=list)
-
-    def leave_out(self, records: Iterable[Document | Problem]) -> Iterator[Document]:
-        """The documents among the records. Raises ValueError as soon as, of 1,000 records or more, ten times more than
-        `limit` are problems: a wrong field name should not cost a night. The verdict on all is the caller's `check`."""
-        for record in records:
-            if isinstance(record, Document):
-                self.documents += 1
-                yield record
-                continue
-            self.kinds[record.what] += 1
-            if len(self.first) < PROBLEMS_KEPT:
-                self.first.append(record)
-            if len(self.first) <= PROBLEMS_PRINTED and self.kinds.total() <= PROBLEMS_PRINTED:
-                tqdm.write(f"left out: {record.file}:{record.line}: {record.what}", file=sys.stderr)
-            if self.documents + self.kinds.total() >= 1_000:
-                self.check(10 * self.limit)
-
-    def check(self, limit: float) -> None:
-        """Raises ValueError where more than `limit` of the records so far are problems."""
-        problems, records = self.kinds.total(), self.documents + self.kinds.total()
-        if problems > limit * records:
-            offenders = "\n".join(f"  {p.file}:{p.line}: {p.what}" for p in self.first[:PROBLEMS_PRINTED])
-            raise ValueError(
-                f"{problems} of {records} records cannot be used, more than data.max_bad_fraction = {self.limit} of "
-                f"them:\n{offenders}\nRepair the files, or raise data.max_bad_fraction to leave such records out."
-            )
 
 
 def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, Any]:
@@ -324,7 +161,7 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
     files, most = data.train_files, data.max_sequences
     if split == "eval":
         files, most = data.eval_files or [], data.max_eval_sequences
-    problems = _Problems(data.max_bad_fraction)
+    problems = Problems(data.max_bad_fraction)
     documents = problems.leave_out(read_documents(files, data, split))
     subsets: dict[str, Counter[str]] = {}
     (directory / "documents").mkdir(exist_ok=True)
@@ -338,7 +175,7 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
             batch = [batch[index] for index in order]
             taken: list[tuple[str, np.ndarray]] = []
             rows: list[dict[str, Any]] = []
-            for document, ids in zip(batch, _encode(tokenizer, [d.text for d in batch]), strict=True):
+            for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
                 ids = ids[:room]
                 if not len(ids):
                     break
@@ -396,20 +233,6 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """The tokens of every text, closed by eos. A text that spells a special token gets no special token: nothing in
-    a document may look like its end."""
-    batch = tokenizer(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,  # documents longer than the model's context are meant to be
-    )
-    return [np.array([*ids, tokenizer.eos_token_id], np.int32) for ids in batch["input_ids"]]
 
 
 def _pack(

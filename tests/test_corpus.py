@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline import corpus
 from pipeline.config import DataConfig
-from pipeline.corpus import Document, Problem, read_documents, resolve
+from pipeline.corpus import Problems, read_documents, resolve
+from pipeline.document import Document, Problem
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_pile = pytest.mark.skipif(not (SHARED / "pile").exists(), reason=f"no real data at {SHARED}/pile")
@@ -206,39 +207,14 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch):
         read("owner/name")
 
 
-def test_builtin_splits_share_no_text_and_each_holds_every_subset():
-    train, held_out = (corpus.builtin_documents()[split] for split in ("train", "eval"))
-    assert not {d.text for d in train} & {d.text for d in held_out}
-    assert len({d.text for d in train}) == len(train)
-    subsets = {"stdlib", "topics", "packages", "certificates", "tables"}
-    assert {d.subset for d in train} == {d.subset for d in held_out} == subsets
-    assert 0.04 < len(held_out) / len(train + held_out) < 0.06
-    sizes: Counter[str] = Counter()
-    for document in train + held_out:
-        sizes[document.subset] += len(document.text.encode())
-    assert 6e6 < sizes.total() < 20e6
-    assert sizes["certificates"] + sizes["tables"] < 0.1 * sizes.total()
-    places = [(d.file, d.line) for d in train + held_out]
-    assert len(set(places)) == len(places)
-    assert not any(Path(file).is_absolute() or ".." in Path(file).parts for file, _ in places)
-    assert max(len(d.text) for d in train + held_out) < 40_000
-    assert list(read_documents("builtin", DATA, "eval")) == held_out
+def test_a_corpus_without_its_text_field_is_refused_early():
+    problems, read = Problems(limit=0.01), []
 
+    def records():
+        for line in range(1_000_000):
+            read.append(line)
+            yield Problem("f", line, "no text field `text`")
 
-def test_builtin_is_the_same_when_read_again_and_mixes_its_subsets():
-    first = corpus.builtin_documents()
-    corpus.builtin_documents.cache_clear()
-    assert corpus.builtin_documents() == first
-    assert len({d.subset for d in first["train"][:100]}) == 5
-
-
-@given(st.text(alphabet="ab \n\r\f\u2028", max_size=200))
-def test_pieces_of_a_text_put_together_are_the_text(text):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus, "PIECE", 20)
-        pieces = list(corpus._pieces("s", "name", text))
-    assert "".join(d.text for d in pieces).strip() == text.strip()
-    for piece in pieces:
-        assert text.split("\n")[piece.line - 1] == piece.text.split("\n")[0]
-        *before, _ = io.StringIO(piece.text)
-        assert len(piece.text) <= 20 or not "".join(before).strip()  # only one line too long makes a long piece
+    with pytest.raises(ValueError, match="1000 of 1000 records"):
+        list(problems.leave_out(records()))
+    assert len(read) == 1_000

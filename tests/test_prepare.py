@@ -17,20 +17,18 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer
 
 from pipeline import prepare as module
-from pipeline.config import Config, DataConfig, ModelConfig
-from pipeline.corpus import Document, Problem, read_documents
+from pipeline.config import Config
+from pipeline.corpus import read_documents
+from pipeline.document import Document
 from pipeline.prepare import ensure_prepared, load_fingerprint, load_report, load_split, main, prepare
+from pipeline.tokenizer import train_tokenizer
+from tests.corpora import make_config, remade, write
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
-DEEPSPEED = {
-    "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {}}
-}  # fmt: skip
-WORDS = ["the", "quick", "brown", "fox", "Ärzte zählen", "12345", "Schäfchen", "🐑", "f(x):\n\t", "return", "x"]
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +36,7 @@ def small_tokenizer(tmp_path_factory) -> str:
     """A byte-level tokenizer of 300 tokens, trained here: these tests need nothing from outside."""
     directory = tmp_path_factory.mktemp("tokenizer")
     config = make_config(directory, train_files=write(directory / "f.jsonl", 50), tokenizer="train")
-    module._train_tokenizer(config).save_pretrained(str(directory / "saved"))
+    train_tokenizer(config).save_pretrained(str(directory / "saved"))
     return str(directory / "saved")
 
 
@@ -47,27 +45,6 @@ def gpt2() -> str:
     if not (SHARED / "tokenizers" / "gpt2").exists():
         pytest.skip(f"no real tokenizer at {SHARED}/tokenizers/gpt2")
     return str(SHARED / "tokenizers" / "gpt2")
-
-
-def make_config(directory: Path, tokenizer: str, train_files: str | list[str], seed: int = 0, **data: Any) -> Config:
-    (directory / "model.json").write_text('{"vocab_size": 300}')
-    (directory / "ds.json").write_text(json.dumps(DEEPSPEED))
-    data = {"sequence_length": 32, "prepared_dir": str(directory / "prepared"), "train_files": train_files} | data
-    model = ModelConfig(str(directory / "model.json"), tokenizer)
-    return Config(str(directory / "run"), str(directory / "ds.json"), model, DataConfig(**data), seed=seed)
-
-
-def text_of(index: int) -> str:
-    return " ".join(np.random.default_rng(index).choice(WORDS, 1 + index % 40))
-
-
-def write(path: Path, documents: int, bad: int = 0, first: int = 0) -> str:
-    lines = [
-        json.dumps({"text": text_of(index), "meta": {"pile_set_name": f"s{index % 3}"}})
-        for index in range(first, first + documents)
-    ]
-    path.write_text("\n".join(lines + ["{"] * bad) + "\n")
-    return str(path)
 
 
 def sources(config: Config, split: str = "train") -> list[dict[str, Any]]:
@@ -251,19 +228,10 @@ def prepared(tmp_path, small_tokenizer):
     return config
 
 
-def remade(config: Config, tokenizer: str | None = None, seed: int = 0, **data: Any) -> Config:
-    settings = {key: getattr(config.data, key) for key in DataConfig.__dataclass_fields__}
-    model = ModelConfig(config.model.name_or_path, tokenizer or config.model.tokenizer)
-    return Config(config.run_dir, config.deepspeed_config, model, DataConfig(**(settings | data)), seed=seed)
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"seed": 1}, "seed: 0 -> 1"),
         ({"sequence_length": 16}, "sequence_length: 32 -> 16"),
-        ({"text_field": "body"}, "text_field: 'text' -> 'body'"),
-        ({"max_sequences": 3}, "max_sequences: None -> 3"),
         ({"tokenizer": "train"}, "tokenizer.trained: 'absent' -> 300"),
     ],
 )
@@ -274,13 +242,21 @@ def test_a_dataset_made_with_other_settings_is_noticed(prepared, change, named):
     assert "python -m pipeline.prepare --config" in str(raised.value)
 
 
-def test_changed_content_of_the_same_size_is_noticed_and_a_moved_file_is_not(prepared, tmp_path):
-    (tmp_path / "elsewhere").mkdir()
-    moved = (tmp_path / "f.jsonl").rename(tmp_path / "elsewhere" / "f.jsonl")
-    ensure_prepared(remade(prepared, train_files=str(moved)))
-    moved.write_bytes(moved.read_bytes().replace(b"s1", b"s9", 1))
-    with pytest.raises(ValueError, match=r"train_files\.0\.blake2b: '\w+' -> '\w+'"):
-        ensure_prepared(remade(prepared, train_files=str(moved)))
+def test_an_eval_split_that_is_not_asked_for_is_accepted_and_one_that_is_missing_is_not(tmp_path, small_tokenizer):
+    file = write(tmp_path / "f.jsonl", 20)
+    with_eval = make_config(tmp_path, small_tokenizer, file, eval_files=file, max_eval_sequences=1)
+    without = remade(with_eval, eval_files=None, max_eval_sequences=None)
+    ensure_prepared(with_eval)
+    ensure_prepared(without)
+    assert len(rows(with_eval, "eval")) == 1
+    with pytest.raises(ValueError, match="  seed: 0 -> 1\n") as raised:
+        ensure_prepared(remade(without, seed=1))
+    assert "eval_files" not in str(raised.value)
+    with pytest.raises(ValueError, match="max_eval_sequences: 1 -> 2"):
+        ensure_prepared(remade(with_eval, max_eval_sequences=2))
+    prepare(without)
+    with pytest.raises(ValueError, match=r"eval_files\.0\.name: 'absent' -> 'f\.jsonl'"):
+        ensure_prepared(with_eval)
 
 
 def test_prepare_leaves_what_is_the_same_and_replaces_what_differs(prepared, tmp_path, capsys):
@@ -314,10 +290,9 @@ def test_what_was_not_prepared_is_named(prepared, tmp_path):
 def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path, small_tokenizer):
     config = make_config(tmp_path, small_tokenizer, write(tmp_path / "f.jsonl", 200))
     program = f"""
-import sys, time
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+import time
 from pathlib import Path
-from test_prepare import make_config, module, read_documents
+from tests.test_prepare import make_config, module, read_documents
 def stalling(*arguments):
     for number, document in enumerate(read_documents(*arguments)):
         if number == 150:
@@ -375,66 +350,23 @@ def test_too_many_problems_are_refused_with_their_places(tmp_path, small_tokeniz
     assert "raise data.max_bad_fraction" in str(raised.value)
 
 
-def test_a_corpus_without_its_text_field_is_refused_early():
-    problems, read = module._Problems(limit=0.01), []
-
-    def records():
-        for line in range(1_000_000):
-            read.append(line)
-            yield Problem("f", line, "no text field `text`")
-
-    with pytest.raises(ValueError, match="1000 of 1000 records"):
-        list(problems.leave_out(records()))
-    assert len(read) == 1_000
-
-
 def test_files_without_a_document_are_refused(tmp_path, small_tokenizer):
     config = make_config(tmp_path, small_tokenizer, write(tmp_path / "f.jsonl", 0, bad=3), max_bad_fraction=1.0)
     with pytest.raises(ValueError, match=r"data\.train_files: no document"):
         prepare(config)
 
 
-# The tokenizer
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.text(max_size=60))
-def test_a_trained_tokenizer_gives_any_text_back(small_tokenizer, text):
-    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
-    assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
-
-
-def test_a_tokenizer_is_trained_to_the_size_of_the_model_and_the_same_each_time(tmp_path):
+def test_a_trained_tokenizer_is_saved_with_the_rows_that_it_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.tokenizer.TOKENIZER_CHARACTERS", 200_000)
+    monkeypatch.setattr(module, "BATCH_DOCUMENTS", 20)
     config = make_config(tmp_path, "train", "builtin", max_sequences=2, eval_files="builtin", max_eval_sequences=1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TOKENIZER_CHARACTERS", 200_000)
-        patch.setattr(module, "BATCH_DOCUMENTS", 20)
-        prepare(config)
-        first = (tmp_path / "prepared" / "tokenizer" / "tokenizer.json").read_bytes()
-        prepare(remade(config, sequence_length=16))
-    assert (tmp_path / "prepared" / "tokenizer" / "tokenizer.json").read_bytes() == first
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
-    assert len(tokenizer) == 300
-    assert tokenizer.eos_token == "<|endoftext|>"
+    prepare(config)
+    saved = AutoTokenizer.from_pretrained(tmp_path / "prepared" / "tokenizer")
+    assert (len(saved), saved.eos_token) == (300, "<|endoftext|>")
     assert load_fingerprint(tmp_path / "prepared")["tokenizer"] == {"trained": 300}
     assert set(load_fingerprint(tmp_path / "prepared")["train_files"][0]) == {"builtin"}
-
-
-def test_tokenizers_that_cannot_serve_are_refused_with_a_remedy(tmp_path, small_tokenizer):
-    config = make_config(tmp_path, small_tokenizer, write(tmp_path / "f.jsonl", 5))
-    ds, data = config.deepspeed_config, config.data
-    no_eos = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    no_eos.save_pretrained(str(tmp_path / "no_eos"))
-    (tmp_path / "tiny.json").write_text('{"vocab_size": 100}')
-    for model, message in [
-        (ModelConfig(str(tmp_path / "model.json")), "set model.tokenizer to a hub id"),
-        (ModelConfig(small_tokenizer, "train"), r"takes its vocabulary size from a model config \(\*\.json\)"),
-        (ModelConfig(str(tmp_path / "tiny.json"), "train"), "needs at least 257"),
-        (ModelConfig("x", str(tmp_path / "no_eos")), "has no eos token"),
-        (ModelConfig("x", str(tmp_path)), "no tokenizer can be loaded"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            prepare(Config(str(tmp_path / "run"), ds, model, data))
+    text = saved.decode(rows(config)[0]["input_ids"])
+    assert any(text in document.text for document in read_documents("builtin", config.data, "train"))
 
 
 # The command

@@ -1,0 +1,24 @@
+"""What reading gives: a document, or a problem in its place."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True)
+class Document:
+    text: str
+    subset: str
+    file: str
+    line: int
+    """Where it starts: line of the file, or row (hub, parquet), from 1."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    file: str
+    line: int
+    """As in `Document`; 0 for the file itself."""
+    what: str
+    """Its kind, in the same words wherever it occurs, so that kinds can be counted."""

@@ -1,0 +1,37 @@
+"""The real launchers, as a user calls them, from the project's root."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pipeline.config import Config, to_yaml
+
+ROOT = Path(__file__).parents[1]
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the venv's programs first and one thread a rank."""
+    return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+
+
+def deepspeed(module: str, config: Config, *options: str, port: int = 29600) -> subprocess.Popen[str]:
+    """`deepspeed --num_accelerators 2 --module MODULE --config FILE`, started in a process group of its own."""
+    file = Path(f"{config.run_dir}.yaml")
+    file.write_text(to_yaml(config))
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port), "--module", module]
+    return subprocess.Popen(
+        [*launcher, "--config", str(file), *options],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def rank_processes(run_dir: str | Path) -> list[int]:
+    """Process ids of the ranks that train into `run_dir`."""
+    found = subprocess.run(["pgrep", "-f", f"pipeline.train --local_rank.*{run_dir}.yaml"], capture_output=True, text=True)
+    return [int(pid) for pid in found.stdout.split()]
