@@ -192,13 +192,13 @@ def _check(config: Config) -> None:
             raise ValueError(f"{key} is too small ({number}): sequences need two tokens, everything else at least 1")
     if config.seed < 0:
         raise ValueError(f"seed must be 0 or more, not {config.seed}")
-    for key, number in {
+    for key, fraction in {
         "policy.rate": policy.rate,
         "policy.max_drop_fraction": policy.max_drop_fraction,
         "data.max_bad_fraction": config.data.max_bad_fraction,
     }.items():
-        if not 0 <= number <= 1:
-            raise ValueError(f"{key} is a fraction from 0 to 1, not {number}")
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"{key} is a fraction from 0 to 1, not {fraction}")
     if not 0 <= influence.adam_decay < 1:
         raise ValueError(f"influence.adam_decay must lie in [0, 1), not {influence.adam_decay}")
     if influence.precondition != "none" and influence.estimator not in ("lai", "lli"):

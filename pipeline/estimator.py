@@ -35,9 +35,9 @@ class Estimator:
         self._squared: SquaredGradient | None = None
         if config.estimator not in ("lai", "lli"):
             return
-        head = head_layer(model)
-        vocabulary = next(iter(head.values())).out_features
-        layers = linear_layers(model) if config.estimator == "lai" else head
+        name, head = head_layer(model)
+        vocabulary = head.out_features
+        layers = linear_layers(model) if config.estimator == "lai" else {name: head}
         width, self._sketch = None, None
         if config.sketch != "none":
             width = config.sketch.inputs

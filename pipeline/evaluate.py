@@ -67,8 +67,9 @@ def evaluate(
         pairs_N2 = torch.stack([losses_BT, labelled_BT.to(losses_BT.dtype)], dim=-1).flatten(0, 1).double()
         totals_S2.index_add_(0, subset_BT.flatten(), pairs_N2)
     totals_S2 = collectives.all_reduce_sum(totals_S2).cpu()
+    loss, tokens = totals_S2.sum(0).tolist()
     return {
-        "all": _figures(*totals_S2.sum(0).tolist(), sizes.values()),
+        "all": _figures(loss, tokens, list(sizes.values())),
         "subsets": {
             name: _figures(loss, tokens, [sizes[name]])
             for name, (loss, tokens) in zip(names, totals_S2.tolist(), strict=True)
@@ -76,7 +77,7 @@ def evaluate(
     }
 
 
-def _figures(loss: float, tokens: float, sizes: Any) -> dict[str, float]:
+def _figures(loss: float, tokens: float, sizes: list[dict[str, int]]) -> dict[str, float]:
     if tokens == 0:
         return {"loss": math.nan, "perplexity": math.nan, "bits_per_byte": math.nan, "tokens": 0}
     mean = loss / tokens

@@ -34,9 +34,12 @@ def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, include_self: bo
     square of a probability; only comparisons within one micro-batch mean something.
     """
     # Summed in float64: own terms dwarf the others, and K G float32 products lose four digits on some devices.
-    others = (reference_KG if include_self else reference_KG - moment_KG for moment_KG in moments_UKG)
-    products = [(moment_KG * other_KG).sum(dtype=torch.float64) for moment_KG, other_KG in zip(moments_UKG, others)]
-    return torch.stack(products)
+    return torch.stack(
+        [
+            (moment_KG * (reference_KG if include_self else reference_KG - moment_KG)).sum(dtype=torch.float64)
+            for moment_KG in moments_UKG
+        ]
+    )
 
 
 class CountSketch:

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -90,9 +91,9 @@ class Ledger:
         return self._directory / f"steps-{first:08d}-{last:08d}.parquet"
 
 
-def table(columns: dict[str, object]) -> pa.Table:
+def table(columns: dict[str, Any]) -> pa.Table:
     """Rows from columns: lists, or one value for all rows. NaN scores become null."""
-    length = len(columns["position"])  # type: ignore[arg-type]
+    length = len(columns["position"])
     full = {name: value if isinstance(value, list) else [value] * length for name, value in columns.items()}
     full["score"] = [None if math.isnan(score) else score for score in full["score"]]
     return pa.table(full, schema=SCHEMA)

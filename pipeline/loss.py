@@ -45,7 +45,7 @@ class _TokenLosses(torch.autograd.Function):
     """Per-token cross-entropy over (N, V) logits, chunk by chunk."""
 
     @staticmethod
-    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, visit: Visitor | None):  # type: ignore[override]
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, visit: Visitor | None):
         losses, kept = [], []
         for logits_nV, labels_n in _chunks(logits_NV, labels_N):
             labelled_n = labels_n != IGNORE
@@ -60,7 +60,7 @@ class _TokenLosses(torch.autograd.Function):
         return torch.cat(losses), feedback
 
     @staticmethod
-    def backward(ctx, grad_N: Tensor, _):  # type: ignore[override]
+    def backward(ctx, grad_N: Tensor, _):
         logits_NV, labels_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
         start = 0

@@ -46,10 +46,10 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
 
 
-def head_layer(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The LM head alone, by name. Raises ValueError where the model has none."""
+def head_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
+    """The LM head and its name. Raises ValueError where the model has none."""
     head = model.get_output_embeddings()
-    layer = {name: module for name, module in linear_layers(model).items() if module is head}
-    if not layer:
-        raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
-    return layer
+    for name, module in model.named_modules():
+        if module is head and isinstance(module, nn.Linear):
+            return name, module
+    raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")

@@ -119,7 +119,7 @@ class Recorder:
         return self._seconds.total() / total if total else math.nan
 
     def _text_of(self, row: dict[str, Any]) -> str:
-        return self._tokenizer.decode(self._samples.tokens_of(row["sample_id"], row["document_ids"]))
+        return str(self._tokenizer.decode(self._samples.tokens_of(row["sample_id"], row["document_ids"])))
 
 
 class TensorBoard:

@@ -15,8 +15,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from tests.distributed import Ranks  # noqa: E402
-from tests.models import VOCABULARY, save_tiny  # noqa: E402
+from tests.distributed import Ranks
+from tests.models import VOCABULARY, save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 from pipeline.config import Config, to_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -33,5 +35,9 @@ def deepspeed(module: str, config: Config, *options: str, port: int = 29600) -> 
 
 def rank_processes(run_dir: str | Path) -> list[int]:
     """Process ids of the ranks that train into `run_dir`."""
-    found = subprocess.run(["pgrep", "-f", f"pipeline.train --local_rank.*{run_dir}.yaml"], capture_output=True, text=True)
-    return [int(pid) for pid in found.stdout.split()]
+    commands = ((process.pid, process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"]))
+    return sorted(
+        pid
+        for pid, command in commands
+        if f"{run_dir}.yaml" in command and any(word.startswith("--local_rank") for word in command)
+    )

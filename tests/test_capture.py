@@ -95,8 +95,9 @@ def test_norms_are_root_mean_squares_over_tokens():
 
 
 def test_head_layer_is_the_lm_head_alone():
-    assert list(head_layer(tiny("gpt_neo"))) == ["lm_head"]
+    model = tiny("gpt_neo")
+    assert head_layer(model) == ("lm_head", model.lm_head)
     headless = nn.Module()
-    headless.get_output_embeddings = lambda: None
+    headless.get_output_embeddings = lambda: None  # type: ignore[assignment]
     with pytest.raises(ValueError, match="no linear LM head"):
         head_layer(headless)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ledger
-from pipeline.config import Config
+from pipeline.config import Config, to_yaml
 from tests.launcher import ROOT, deepspeed, environment, rank_processes
 from tests.runs import ADAM, config_of, deepspeed_json, largest_difference, weights
 
@@ -103,8 +103,6 @@ def test_help_explains_every_key_and_unknown_ones_are_refused_by_name(corpus, ti
 def test_one_process_without_a_launcher_is_a_world_of_one(corpus, tiny_model, tmp_path):
     config = job(corpus, tmp_path, tiny_model("llama"), "alone", max_steps=2)
     file = tmp_path / "alone.yaml"
-    from pipeline.config import to_yaml
-
     file.write_text(to_yaml(config))
     result = command("pipeline.train", "--config", str(file))
     assert result.returncode == 0, result.stderr

@@ -298,7 +298,9 @@ def test_checkpoints_beyond_keep_are_removed_and_another_dataset_is_refused(rank
 
 def test_a_new_run_moves_an_earlier_one_aside(ranks, corpus, tiny_model, tmp_path):
     for _ in range(2):
-        config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed_json(tmp_path / "ds.json"), max_steps=1)
+        config = config_of(
+            corpus, tmp_path / "run", tiny_model("llama"), deepspeed_json(tmp_path / "ds.json"), max_steps=1
+        )
         ranks(run, config)
     assert len(ledger.read(tmp_path / "run")) == len(ledger.read(Path(f"{tmp_path}/run.1"))) == 4
 

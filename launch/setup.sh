@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Make .venv at the project's root and install the pinned versions, from whatever package index pip is configured with.
+#   bash launch/setup.sh [EXTRAS]     EXTRAS: [test]
+# Sourced by quickstart.sh and test.sh; safe to run again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+if [ ! -x .venv/bin/python ]; then
+  python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
+  if ! "${python:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "setup: needs Python 3.11 or newer; found ${python:-none}" >&2
+    exit 2
+  fi
+  "$python" -m venv .venv
+fi
+if ! command -v c++ >/dev/null; then
+  echo "setup: needs a C++ compiler, with which DeepSpeed builds a small op at its first start" \
+    "(Debian, Ubuntu: apt-get install g++)" >&2
+  exit 2
+fi
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt torch
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e ".${1:-}"
+export PATH="$PWD/.venv/bin:$PATH"

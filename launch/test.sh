@@ -1,0 +1,14 @@
+#!/usr/bin/env bash
+# Install with the test extras and run the test suite. `--all` adds the slow markers (faults, multihost); other
+# arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. launch/setup.sh "[test]"
+
+select=(-m "not faults and not multihost")
+if [ "${1:-}" = --all ]; then
+  select=()
+  shift
+fi
+export OMP_NUM_THREADS=1
+exec python -m pytest "${select[@]}" "$@"

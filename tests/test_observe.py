@@ -1,0 +1,152 @@
+"""TensorBoard files and the summary, read back as a person's browser would."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from pipeline import ledger
+from pipeline.ledger import counts_by_subset
+from tests.runs import ADAM, config_of, deepspeed_json, run
+
+
+@pytest.fixture(scope="module")
+def finished(ranks, corpus, tiny_model, tmp_path_factory):
+    """A run of six steps that was resumed after the fourth, with evaluation and removals."""
+    directory = tmp_path_factory.mktemp("observed")
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 4, "warmup_max_lr": 1e-3, "warmup_type": "linear"}}
+    deepspeed = deepspeed_json(directory / "ds.json", 2, accumulation=2, optimizer=ADAM, scheduler=scheduler)
+    options = {
+        "max_steps": 6,
+        "data__eval_files": corpus / "documents.jsonl",
+        "data__max_eval_sequences": 9,
+        "data__prepared_dir": corpus / "prepared_with_eval",
+        "influence__include_self": False,
+        "policy__rule": "rate",
+        "policy__rate": 0.3,
+        "checkpoint__every_steps": 4,
+        "observe__every_steps": 2,
+        "observe__eval_every_steps": 3,
+    }
+    run_dir = directory / "run"
+    ranks(run, config_of(corpus, run_dir, tiny_model("llama"), deepspeed, **options))
+    resume = run_dir / "checkpoints" / "step-4"
+    ranks(run, config_of(corpus, run_dir, tiny_model("llama"), deepspeed, resume=resume, **options))
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0})
+    return run_dir, events.Reload(), ledger.read(run_dir).to_pandas()
+
+
+def scalars(events, tag):
+    return {event.step: event.value for event in events.Scalars(tag)}
+
+
+def test_every_contract_tag_is_there_and_every_step_once(finished):
+    """Catches events of the future that a resumed run leaves behind."""
+    _, events, rows = finished
+    tags = set(events.Tags()["scalars"])
+    expected = {f"train/{name}" for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory_gb")}
+    expected |= {f"influence/{name}" for name in ("removed_total", "removed_fraction", "removed", "kept_total")}
+    expected |= {f"influence/removed_by_subset/{subset}" for subset in rows["subset"].unique()}
+    assert expected <= tags
+    for tag in expected - {f"influence/removed_by_subset/{subset}" for subset in rows["subset"].unique()}:
+        assert [event.step for event in events.Scalars(tag)] == [1, 2, 3, 4, 5, 6], tag
+
+
+def test_counts_are_the_ledgers(finished):
+    """Catches totals that start again at a resume."""
+    _, events, rows = finished
+    assert (~rows["kept"]).any()
+    assert len(rows) == 6 * 2 * 4
+    for step in range(1, 7):
+        so_far, now = rows[rows["step"] <= step], rows[rows["step"] == step]
+        assert scalars(events, "influence/removed_total")[step] == (~so_far["kept"]).sum()
+        assert scalars(events, "influence/kept_total")[step] == so_far["kept"].sum()
+        assert scalars(events, "influence/removed_fraction")[step] == pytest.approx((~now["kept"]).mean())
+        for subset, part in so_far.groupby("subset"):
+            tag = f"influence/removed_by_subset/{subset}"
+            assert scalars(events, tag)[step] == (~part["kept"]).sum()
+            assert scalars(events, tag.replace("removed_by", "removed_fraction_by"))[step] == pytest.approx(
+                (~part["kept"]).mean()
+            )
+
+
+def test_loss_is_the_mean_over_micro_batches_of_the_mean_over_kept_tokens(finished):
+    _, events, rows = finished
+    for step, part in rows.groupby("step"):
+        means = []
+        for _, micro in part[part["kept"]].groupby("micro_step"):
+            means.append((micro["loss"] * micro["tokens"]).sum() / micro["tokens"].sum())
+        assert scalars(events, "train/loss")[step] == pytest.approx(sum(means) / 2, rel=1e-5)
+
+
+def test_learning_rate_is_the_one_the_step_was_taken_with_or_the_next(finished):
+    rates = scalars(finished[1], "train/lr")
+    assert rates[1] < rates[2] < rates[3] <= rates[6] == pytest.approx(1e-3)
+
+
+def test_histogram_holds_the_scores_of_the_step(finished):
+    _, events, rows = finished
+    histograms = {event.step: event.histogram_value for event in events.Histograms("influence/score")}
+    assert list(histograms) == [2, 4, 6]
+    for step, histogram in histograms.items():
+        scores = rows[rows["step"] == step]["score"]
+        assert histogram.num == len(scores)
+        assert histogram.sum == pytest.approx(scores.sum(), rel=1e-4)
+
+
+def test_removed_texts_show_score_document_and_text(finished):
+    _, events, rows = finished
+    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("influence/removed_text/text_summary")}
+    assert set(texts) <= {2, 4, 6}
+    for step, text in texts.items():
+        worst = rows[(rows["step"] == step) & ~rows["kept"]].sort_values("score").iloc[0]
+        assert text.startswith(f"**score {worst['score']:.4g}**")
+        assert f"documents {', '.join(map(str, worst['document_ids']))}" in text
+        assert f"subset `{worst['subset']}`" in text
+        assert "\n    " in text
+
+
+def test_activation_norms_of_every_layer_and_hyperparameters(finished):
+    _, events, _ = finished
+    norms = [tag for tag in events.Tags()["scalars"] if tag.startswith("activation_norm/")]
+    assert len(norms) == 2 * 7 + 1
+    assert all(value > 0 for tag in norms for value in scalars(events, tag).values())
+    assert "hyperparameters/text_summary" in events.Tags()["tensors"]
+
+
+def test_evaluations_come_before_every_few_steps_and_after(finished):
+    _, events, _ = finished
+    losses = scalars(events, "eval/loss/all")
+    assert list(losses) == [0, 3, 6]
+    assert losses[6] < losses[0]
+    subsets = [tag for tag in events.Tags()["scalars"] if tag.startswith("eval/bits_per_byte/")]
+    assert len(subsets) > 1
+    assert all(set(scalars(events, tag)) == {0, 3, 6} for tag in subsets)
+
+
+def test_summary_says_what_the_ledger_says(finished):
+    run_dir, events, _ = finished
+    summary = json.loads(Path(run_dir, "summary.json").read_text())
+    assert {k: tuple(v) for k, v in summary["units_by_subset"].items()} == counts_by_subset(ledger.read(run_dir))
+    assert summary["evaluation_after"]["all"]["loss"] == pytest.approx(scalars(events, "eval/loss/all")[6])
+    assert summary["sequences"] == 48
+    assert 0 < summary["scoring_fraction"] < 1
+
+
+def test_private_corpora_leave_no_text_in_tensorboard(ranks, corpus, tiny_model, tmp_path):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json"),
+        max_steps=2,
+        policy__rule="rate",
+        policy__rate=0.5,
+        observe__log_texts="false",
+        observe__every_steps=1,
+    )
+    ranks(run, config)
+    assert False in ledger.read(tmp_path / "run")["kept"].to_pylist()
+    tags = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()
+    assert tags["tensors"] == ["hyperparameters/text_summary"]
