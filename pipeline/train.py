@@ -157,6 +157,7 @@ def _engine_scalars(ds_engine: DeepSpeedEngine) -> dict[str, float]:
     return {
         "train/lr": ds_engine.get_lr()[0],
         "train/grad_norm": float(ds_engine.get_global_grad_norm() or 0.0),
+        "train/skipped_steps": ds_engine.skipped_steps,
         "train/memory_gb": engine.peak_memory() / 1e9,
     }
 

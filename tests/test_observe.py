@@ -97,7 +97,10 @@ def test_histogram_holds_the_scores_of_the_step(finished):
 
 def test_removed_texts_show_score_document_and_text(finished):
     _, events, rows = finished
-    texts = {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors("influence/removed_text/text_summary")}
+    texts = {
+        event.step: event.tensor_proto.string_val[0].decode()
+        for event in events.Tensors("influence/removed_text/text_summary")
+    }
     assert set(texts) <= {2, 4, 6}
     for step, text in texts.items():
         worst = rows[(rows["step"] == step) & ~rows["kept"]].sort_values("score").iloc[0]

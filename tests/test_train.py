@@ -6,9 +6,11 @@ from typing import Any
 import pyarrow.compute as pc
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
 from pipeline import engine, ledger
+from pipeline import train as train_module
 from pipeline.config import Config, read_deepspeed_config
 from pipeline.data import Samples
 from pipeline.loss import IGNORE
@@ -320,6 +322,54 @@ def test_bfloat16_trains_and_scores_close_to_float32(ranks, corpus, tiny_model, 
         scores[name] = ledger.read(tmp_path / name)["score"].to_pylist()[:8]
     assert scores["float32"] != scores["bfloat16"]
     assert close_to_largest(scores["bfloat16"], scores["float32"], tolerance=0.05)
+
+
+def run_with_overflow(config: Config, at_step: int) -> None:
+    """The main job with an infinite gradient on rank 1, behind a finite loss, at one step."""
+    calls = 0
+
+    def weighted_mean(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        loss = original(*args)
+        if calls == at_step and torch.distributed.get_rank() == 1:
+            loss.register_hook(lambda gradient: gradient * torch.inf)
+        return loss
+
+    original = train_module.weighted_mean
+    train_module.weighted_mean = weighted_mean
+    try:
+        run(config)
+    finally:
+        train_module.weighted_mean = original
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_whose_gradient_overflows_is_skipped_on_all_ranks(ranks, corpus, tiny_model, tmp_path, stage):
+    """DeepSpeed's own skip, as under fp16: no update, no learning-rate step, and the run goes on."""
+    schedule = {"warmup_num_steps": 8, "warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_type": "linear"}
+    scheduler = {"type": "WarmupLR", "params": schedule}
+    settings = {"optimizer": ADAM, "scheduler": scheduler, "bf16": {"enabled": True}}
+    exported = {}
+    for steps in (1, 2, 3):
+        config = config_of(
+            corpus,
+            tmp_path / f"run{steps}",
+            tiny_model("llama"),
+            deepspeed_json(tmp_path / "ds.json", stage, **settings),
+            max_steps=steps,
+            policy__rule="rate",
+            policy__rate=0.5,
+        )
+        ranks(run_with_overflow, config, 2)
+        exported[steps] = weights(tmp_path / f"run{steps}" / "model")
+    assert largest_difference(exported[1], exported[2]) == 0
+    assert largest_difference(exported[2], exported[3]) > 0
+    events = EventAccumulator(str(tmp_path / "run3" / "tensorboard")).Reload()
+    assert [event.value for event in events.Scalars("train/skipped_steps")] == [0, 1, 1]
+    rates = [event.value for event in events.Scalars("train/lr")]
+    assert rates[0] == rates[1] < rates[2]
+    assert len(ledger.read(tmp_path / "run3")) == 3 * 4
 
 
 def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(ranks, corpus, tiny_model, tmp_path):

@@ -1,0 +1,115 @@
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pipeline.config import Config, parse, read_deepspeed_config, to_dict, to_yaml
+from tests.runs import deepspeed_json
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def options(tmp_path):
+    deepspeed = deepspeed_json(tmp_path / "ds.json")
+    return {
+        "run_dir": tmp_path / "run",
+        "deepspeed_config": deepspeed,
+        "model.name_or_path": "m",
+        "data.prepared_dir": tmp_path / "data",
+    }
+
+
+def parsed(options, **overrides) -> Config:
+    arguments = options | {key.replace("__", "."): value for key, value in overrides.items()}
+    return parse("pipeline.train", [f"--{key}={value}" for key, value in arguments.items()])
+
+
+def test_yaml_round_trip_gives_an_equal_config(options, tmp_path):
+    config = parsed(options, influence__sketch="none", policy__rule="rate", data__train_files='["a.txt", "b.txt"]')
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert parse("pipeline.train", ["--config", str(tmp_path / "c.yaml")]) == config
+
+
+def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options, tmp_path):
+    (tmp_path / "c.yaml").write_text(to_yaml(parsed(options, seed=4)))
+    config = parse(
+        "pipeline.train", ["--local_rank=1", "--config", str(tmp_path / "c.yaml"), "--influence.sketch.inputs=9"]
+    )
+    assert (config.seed, config.influence.sketch.inputs, config.influence.sketch.gradients) == (4, 9, 2048)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"influence__estimator": "ghost"}, "influence.estimator: 'ghost' is not built yet"),
+        ({"influence__reference": "validation"}, "influence.reference: 'validation' is not built yet"),
+        ({"influence__precondition": "adam_state"}, "influence.precondition: 'adam_state' is not built yet"),
+        ({"influence__passes": "score_first"}, "influence.passes: 'score_first' is not built yet"),
+        ({"influence__estimator": "magic"}, "magic"),
+        ({"influnce__estimator": "lai"}, "influnce.estimator"),
+        ({"policy__rate": 1.5}, "policy.rate is a fraction"),
+        ({"policy__rule": "rate", "policy__rate": 0.8}, "above policy.max_drop_fraction"),
+        (
+            {"influence__estimator": "loss", "influence__precondition": "adam_ema"},
+            "which estimator 'loss' does not use",
+        ),
+        ({"influence__estimator": "none", "policy__rule": "rate"}, "scores nothing"),
+        ({"data__sequence_length": 1}, "data.sequence_length is too small"),
+        ({"seed": -1}, "seed must be 0 or more"),
+        ({"observe__eval_every_steps": 5}, "needs data.eval_files"),
+        ({"deepspeed_config": "nowhere.json"}, "deepspeed_config: no file nowhere.json"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name_before_anything_starts(options, capsys, overrides, message):
+    with pytest.raises(SystemExit) as stopped:
+        parsed(options, **overrides)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_dataset_inside_the_run_directory_is_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        parsed(options, data__prepared_dir=options["run_dir"] / "data")
+    assert "must lie outside run_dir" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradient_clipping": None}, "gradient_clipping is missing"),
+        ({"optimizer": None}, "optimizer is missing"),
+        ({"train_micro_batch_size_per_gpu": None}, "train_micro_batch_size_per_gpu is missing"),
+        ({"train_micro_batch_size_per_gpu": "auto"}, 'only scheduler.params.total_num_steps may say "auto"'),
+        ({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}}, "zero_optimization.reduce_bucket_size"),
+        ({"train_batch_size": 8}, "remove train_batch_size"),
+        ({"gradient_accumulation_steps": 0}, "must be a whole number of at least 1"),
+    ],
+)
+def test_a_deepspeed_json_that_is_silent_or_auto_is_refused(options, capsys, change, message):
+    path = options["deepspeed_config"]
+    settings = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+    with pytest.raises(SystemExit):
+        parsed(options)
+    assert message in capsys.readouterr().err
+
+
+def test_schedule_length_auto_is_max_steps(options):
+    path = options["deepspeed_config"]
+    schedule = {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 5}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"scheduler": schedule}))
+    assert read_deepspeed_config(parsed(options, max_steps=77))["scheduler"]["params"]["total_num_steps"] == 77
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_config_is_accepted(file, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = parse("pipeline.train", ["--config", str(file)])
+    assert set(yaml.safe_load(file.read_text())) <= set(to_dict(config))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
+def test_every_shipped_deepspeed_json_is_accepted(file, options):
+    assert parsed(options, deepspeed_config=file)
