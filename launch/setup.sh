@@ -6,9 +6,11 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 if [ ! -x .venv/bin/python ]; then
-  python=$(command -v python3.13 || command -v python3.12 || command -v python3.11 || command -v python3 || true)
-  if ! "${python:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-    echo "setup: needs Python 3.11 or newer; found ${python:-none}" >&2
+  for python in python3 python3.11 python3.12 python3.13 ""; do
+    if "${python:-false}" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then break; fi
+  done
+  if [ -z "$python" ]; then
+    echo "setup: needs Python 3.11 or newer; found $(python3 --version 2>&1 || true)" >&2
     exit 2
   fi
   "$python" -m venv .venv

@@ -23,6 +23,19 @@ from pipeline.policy import Decision
 
 _TEXTS = 4
 _TEXT_CHARACTERS = 1500
+# One tab, "Custom scalars", that shows what was removed at a glance.
+_LAYOUT = {
+    "Removed": {
+        "units in total": ["Multiline", ["influence/removed_total"]],
+        "fraction of each step": ["Multiline", ["influence/removed_fraction"]],
+        "units by subset": ["Multiline", ["influence/removed_by_subset/.*"]],
+        "fraction by subset": ["Multiline", ["removed_fraction_by_subset/.*"]],
+    },
+    "Training": {
+        "loss of what was kept": ["Multiline", ["train/loss"]],
+        "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]],
+    },
+}
 
 
 class Recorder:
@@ -95,7 +108,7 @@ class Recorder:
         detailed = step % self._observe.every_steps == 0
         self._board.influence(rows, step, histogram=detailed)
         if detailed:
-            self._board.scalars({f"activation_norm/{name}": float(norm) for name, norm in norms.items()}, step)
+            self._board.scalars({f"layers/activation_norm/{name}": float(norm) for name, norm in norms.items()}, step)
             if self._observe.log_texts:
                 self._board.removed_texts(rows, self._text_of, step)
         self._bar.set_postfix(loss=f"{loss:.3f}", removed=self._board.removed, tok_s=f"{rate:.0f}", refresh=False)
@@ -103,8 +116,7 @@ class Recorder:
 
     def evaluation(self, figures: dict[str, Any], step: int) -> None:
         for name, row in [("all", figures["all"]), *figures["subsets"].items()]:
-            tags = {"loss": row["loss"], "bits_per_byte": row["bits_per_byte"], "perplexity": row["perplexity"]}
-            self._board.scalars({f"eval/{tag}/{name}": value for tag, value in tags.items()}, step)
+            self._board.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", "bits_per_byte")}, step)
 
     def commit(self, step: int) -> None:
         """Publish all rows up to `step`: a checkpoint of it was just written."""
@@ -133,6 +145,7 @@ class TensorBoard:
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
         self._count(rows)
+        self._writer.add_custom_scalars(_LAYOUT)
 
     @property
     def removed(self) -> int:
@@ -153,11 +166,10 @@ class TensorBoard:
         total, units = self._removed.total(), self._units.total()
         self.scalars(
             {
-                "influence/removed": removed,
-                "influence/removed_fraction": removed / len(rows),
                 "influence/removed_total": total,
-                "influence/kept_total": units - total,
+                "influence/removed_fraction": removed / len(rows),
                 "influence/removed_fraction_total": total / units,
+                "kept/total": units - total,
             },
             step,
         )
@@ -166,8 +178,8 @@ class TensorBoard:
             self.scalars(
                 {
                     f"influence/removed_by_subset/{subset}": removed,
-                    f"influence/kept_by_subset/{subset}": units - removed,
-                    f"influence/removed_fraction_by_subset/{subset}": removed / units,
+                    f"kept/by_subset/{subset}": units - removed,
+                    f"removed_fraction_by_subset/{subset}": removed / units,
                 },
                 step,
             )

@@ -46,7 +46,7 @@ def test_every_contract_tag_is_there_and_every_step_once(finished):
     _, events, rows = finished
     tags = set(events.Tags()["scalars"])
     expected = {f"train/{name}" for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory_gb")}
-    expected |= {f"influence/{name}" for name in ("removed_total", "removed_fraction", "removed", "kept_total")}
+    expected |= {f"influence/{name}" for name in ("removed_total", "removed_fraction")} | {"kept/total"}
     expected |= {f"influence/removed_by_subset/{subset}" for subset in rows["subset"].unique()}
     assert expected <= tags
     for tag in expected - {f"influence/removed_by_subset/{subset}" for subset in rows["subset"].unique()}:
@@ -61,14 +61,13 @@ def test_counts_are_the_ledgers(finished):
     for step in range(1, 7):
         so_far, now = rows[rows["step"] <= step], rows[rows["step"] == step]
         assert scalars(events, "influence/removed_total")[step] == (~so_far["kept"]).sum()
-        assert scalars(events, "influence/kept_total")[step] == so_far["kept"].sum()
+        assert scalars(events, "kept/total")[step] == so_far["kept"].sum()
         assert scalars(events, "influence/removed_fraction")[step] == pytest.approx((~now["kept"]).mean())
         for subset, part in so_far.groupby("subset"):
             tag = f"influence/removed_by_subset/{subset}"
             assert scalars(events, tag)[step] == (~part["kept"]).sum()
-            assert scalars(events, tag.replace("removed_by", "removed_fraction_by"))[step] == pytest.approx(
-                (~part["kept"]).mean()
-            )
+            fraction = scalars(events, f"removed_fraction_by_subset/{subset}")[step]
+            assert fraction == pytest.approx((~part["kept"]).mean())
 
 
 def test_loss_is_the_mean_over_micro_batches_of_the_mean_over_kept_tokens(finished):
@@ -112,7 +111,7 @@ def test_removed_texts_show_score_document_and_text(finished):
 
 def test_activation_norms_of_every_layer_and_hyperparameters(finished):
     _, events, _ = finished
-    norms = [tag for tag in events.Tags()["scalars"] if tag.startswith("activation_norm/")]
+    norms = [tag for tag in events.Tags()["scalars"] if tag.startswith("layers/activation_norm/")]
     assert len(norms) == 2 * 7 + 1
     assert all(value > 0 for tag in norms for value in scalars(events, tag).values())
     assert "hyperparameters/text_summary" in events.Tags()["tensors"]
@@ -120,10 +119,10 @@ def test_activation_norms_of_every_layer_and_hyperparameters(finished):
 
 def test_evaluations_come_before_every_few_steps_and_after(finished):
     _, events, _ = finished
-    losses = scalars(events, "eval/loss/all")
+    losses = scalars(events, "validation/loss/all")
     assert list(losses) == [0, 3, 6]
     assert losses[6] < losses[0]
-    subsets = [tag for tag in events.Tags()["scalars"] if tag.startswith("eval/bits_per_byte/")]
+    subsets = [tag for tag in events.Tags()["scalars"] if tag.startswith("validation/bits_per_byte/")]
     assert len(subsets) > 1
     assert all(set(scalars(events, tag)) == {0, 3, 6} for tag in subsets)
 
@@ -132,7 +131,7 @@ def test_summary_says_what_the_ledger_says(finished):
     run_dir, events, _ = finished
     summary = json.loads(Path(run_dir, "summary.json").read_text())
     assert {k: tuple(v) for k, v in summary["units_by_subset"].items()} == counts_by_subset(ledger.read(run_dir))
-    assert summary["evaluation_after"]["all"]["loss"] == pytest.approx(scalars(events, "eval/loss/all")[6])
+    assert summary["evaluation_after"]["all"]["loss"] == pytest.approx(scalars(events, "validation/loss/all")[6])
     assert summary["sequences"] == 48
     assert 0 < summary["scoring_fraction"] < 1
 
