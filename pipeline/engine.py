@@ -4,6 +4,7 @@ import logging
 import os
 import shutil
 import socket
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def join_process_group() -> torch.device:
     A process started on its own, by plain python, is a world of one.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch deprecates: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
