@@ -12,7 +12,7 @@ if ! python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available()
 fi
 train() { deepspeed "${ranks[@]}" --module pipeline.train --config "$1"; }
 
-if [ ! -f runs/quickstart_pretrained/model/config.json ]; then
+if [ ! -f runs/quickstart_pretrained/summary.json ]; then
   python -m pipeline.prepare --config launch/quickstart_pretrain.yaml
   train launch/quickstart_pretrain.yaml
 fi

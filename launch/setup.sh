@@ -20,6 +20,10 @@ if ! command -v c++ >/dev/null; then
     "(Debian, Ubuntu: apt-get install g++)" >&2
   exit 2
 fi
+if ! .venv/bin/python -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))'; then
+  echo "setup: needs Python's C headers for that op (Debian, Ubuntu: apt-get install python3-dev)" >&2
+  exit 2
+fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt torch
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e ".${1:-}"
 export PATH="$PWD/.venv/bin:$PATH"

@@ -4,15 +4,19 @@ Every call here is collective: all ranks make it, in the same order, or they wai
 """
 
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+"""Where mpirun's implementations put the rank; the rest DeepSpeed finds out through mpi4py."""
+
 
 def launched_rank() -> int:
     """The rank that the launcher gave this process, known before there is a process group; 0 without a launcher."""
-    names = ("RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID")
+    names = ("RANK", *MPI_RANKS) if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1 else ("RANK", "SLURM_PROCID")
     return next((int(os.environ[name]) for name in names if name in os.environ), 0)
 
 
@@ -46,8 +50,8 @@ def all_gather_rows(rows_UC: Tensor) -> Tensor:
     return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
 
 
-def broadcast_object(value: object) -> object:
-    """Rank 0's value, on every rank."""
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, any object that pickles, on every rank."""
     box = [value]
     if world_size() > 1:
         dist.broadcast_object_list(box)

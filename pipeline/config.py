@@ -69,13 +69,14 @@ class SketchConfig:
 class InfluenceConfig:
     estimator: Literal["none", "random", "loss", "lli", "lai", "residual", "ghost", "ip"] = "lai"
     """How a unit is scored; positive helps. lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv
-    2510.16007); lli: the LM head's input only; loss: minus the mean loss; random: a seeded random number; none."""
+    2510.16007); lli: the LM head's input only; loss: minus the mean loss; random: a seeded random number; none:
+    nothing is scored and the policy does nothing."""
     reference: Literal["batch", "running", "validation"] = "batch"
     """Whose loss counts. batch: the global micro-batch itself (self-influence)."""
     include_self: bool = True
     """Whether a unit's own term, always positive, is part of its score (the paper: yes)."""
     unit: Literal["sequence", "document"] = "sequence"
-    """What is scored and dropped: a packed sequence, or each document's tokens inside it."""
+    """What is scored and dropped: a packed sequence, or each document's tokens inside it. Takes 4 K G bytes a unit."""
     sketch: Literal["none"] | SketchConfig = SketchConfig()
     """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
     precondition: Literal["none", "adam_ema", "adam_state"] = "none"
@@ -104,7 +105,7 @@ class PolicyConfig:
     """Optimizer steps in which nothing is dropped or reweighted."""
     max_drop_fraction: float = 0.5
     """Never drop more than this fraction of a global micro-batch (rounded down); the worst go first. At 1 a whole
-    micro-batch may go: it then adds a zero gradient."""
+    micro-batch may go: it then adds a zero gradient. (reweight is not bound by it.)"""
 
 
 @dataclass(frozen=True)
@@ -206,10 +207,10 @@ def _check(config: Config) -> None:
             f"influence.precondition '{influence.precondition}' scales logit gradients, which estimator "
             f"'{influence.estimator}' does not use; set it to none, or choose estimator lai or lli"
         )
-    if policy.action != "observe" and influence.estimator == "none" and policy != PolicyConfig():
+    if policy.action == "drop" and policy.rule == "threshold" and influence.estimator in ("loss", "random"):
         raise ValueError(
-            "influence.estimator 'none' scores nothing, so the policy cannot act; remove the policy section, or "
-            "choose an estimator"
+            f"policy.rule 'threshold' says nothing about estimator '{influence.estimator}', whose scores all have one "
+            "sign; set policy.rule to rate"
         )
     if policy.action == "drop" and policy.rule == "rate" and policy.rate > policy.max_drop_fraction:
         raise ValueError(
@@ -285,7 +286,8 @@ def parse(prog: str, argv: Sequence[str] | None = None) -> Config:
     arguments = sys.argv[1:] if argv is None else argv
     namespace = parser.parse_args([a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))])
     try:
-        return Config(**{field.name: parser.instantiate(namespace)[field.name] for field in fields(Config)})
+        sections = parser.instantiate(namespace)
+        return Config(**{field.name: sections[field.name] for field in fields(Config)})
     except ValueError as error:
         parser.error(str(error))
 

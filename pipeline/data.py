@@ -79,6 +79,7 @@ class Samples:
 
     def __init__(self, rows: datasets.Dataset, seed: int, unit: str) -> None:
         self._rows = rows.with_format("numpy")
+        self._documents = self._rows.select_columns(["document_ids", "subset"])
         self._seed, self._unit = seed, unit
         self._permutation = lru_cache(maxsize=2)(self._permutation_of)
 
@@ -91,7 +92,7 @@ class Samples:
 
     def batch(self, position: int, size: int, device: torch.device) -> Batch:
         """The sequences at positions `position` to `position + size`, not included."""
-        rows = self._at(position, size)
+        rows = self._at(self._rows, position, size)
         ids_BT = torch.from_numpy(np.stack(rows["input_ids"]).astype(np.int64))
         documents_BT = torch.from_numpy(np.stack(rows["document_ids"]))
         labels_BT = torch.full_like(ids_BT, IGNORE)
@@ -100,17 +101,17 @@ class Samples:
 
     def units(self, position: int, size: int) -> list[Unit]:
         """The units of those sequences, without their tokens."""
-        return self._units_of(self._at(position, size), position)
+        return self._units_of(self._at(self._documents, position, size), position)
 
     def tokens_of(self, sample_id: int, document_ids: list[int]) -> list[int]:
         """The tokens of a unit: those of these documents in this row."""
         row = self._rows[sample_id]
         return row["input_ids"][np.isin(row["document_ids"], document_ids)].tolist()
 
-    def _at(self, position: int, size: int) -> dict:
+    def _at(self, rows: datasets.Dataset, position: int, size: int) -> dict:
         positions = range(position, position + size)
-        indices = [int(self._permutation(self.epoch(p))[p % len(self._rows)]) for p in positions]
-        return {"sample_id": indices, **self._rows[indices]}
+        indices = [int(self._permutation(self.epoch(p))[p % len(rows)]) for p in positions]
+        return {"sample_id": indices, **rows[indices]}
 
     def _units_of(self, rows: dict, position: int) -> list[Unit]:
         units = []

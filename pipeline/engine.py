@@ -1,8 +1,8 @@
 """The DeepSpeed engine: the only importer of deepspeed. Nothing in it is patched."""
 
 import logging
+import math
 import os
-import shutil
 import socket
 import warnings
 from pathlib import Path
@@ -27,7 +27,15 @@ def join_process_group() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that newer torch deprecates: nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
-    if not {"RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"} & os.environ.keys():
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                "started by srun without MASTER_ADDR: export the first host's name (launch/ has an example)"
+            )
+        names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+        os.environ |= {name: os.environ[slurm] for name, slurm in names.items()}
+        os.environ.setdefault("MASTER_PORT", "29500")
+    elif not {"RANK", *collectives.MPI_RANKS} & os.environ.keys():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -50,17 +58,13 @@ def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> Deep
     return engine
 
 
-def save_checkpoint(engine: DeepSpeedEngine, directory: Path, tag: str, state: dict[str, Any], keep: int) -> None:
-    """Write `directory/tag` in DeepSpeed's own format, with `state` in it, and keep the newest `keep` only.
+def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write the directory `checkpoint` in DeepSpeed's own format, with `state` in it. Collective.
 
-    Collective. `directory/latest` names the newest whole one.
+    When it returns, all ranks have written their parts; making it the newest is `checkpoint.publish`.
     """
-    engine.save_checkpoint(str(directory), tag=tag, client_state=state)
+    engine.save_checkpoint(str(checkpoint.parent), tag=checkpoint.name, client_state=state, save_latest=False)
     collectives.barrier()
-    if collectives.rank() == 0:
-        saved = sorted(directory.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
-        for old in saved[:-keep]:
-            shutil.rmtree(old)
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
@@ -83,6 +87,29 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return saved["module"]
+
+
+def take_step(engine: DeepSpeedEngine) -> float | None:
+    """DeepSpeed's step: at the end of an optimizer step the update, and its global gradient norm before clipping.
+
+    Returns None inside of the accumulation, and inf where DeepSpeed skipped an update that was not finite. ZeRO 0 in
+    float32 has no such skip: FloatingPointError is raised instead, on all ranks alike, before anything is updated.
+    """
+    norm: float | None = None
+    plain = engine.zero_optimization_stage() == 0 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
+    if plain and engine.is_gradient_accumulation_boundary():  # where DeepSpeed keeps no norm either
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of step {engine.global_steps + 1} is not finite; nothing was updated. The newest "
+                "checkpoint is from before: lower the learning rate, look at the documents, resume"
+            )
+    boundary = engine.is_gradient_accumulation_boundary()
+    engine.step()
+    if boundary and norm is None and (kept := engine.get_global_grad_norm()) is not None:
+        norm = float(kept)
+    return norm
 
 
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:

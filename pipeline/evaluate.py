@@ -17,9 +17,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pipeline import collectives, engine
-from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
+from pipeline.checkpoint import find_checkpoint
+from pipeline.config import exit_on_user_error, parse, read_deepspeed_config
 from pipeline.data import PADDING
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
@@ -90,40 +92,20 @@ def _figures(loss: float, tokens: float, sizes: list[dict[str, int]]) -> dict[st
     }
 
 
-def find_checkpoint(config: Config) -> Path | None:
-    """The checkpoint directory that `resume` means; None for none, or for auto where there is none yet.
-
-    Raises ValueError where a named one is not there.
-    """
-    if config.resume == "none":
-        return None
-    directory = Path(config.run_dir, "checkpoints") if config.resume == "auto" else Path(config.resume)
-    latest = directory / "latest"
-    if latest.is_file():
-        return directory / latest.read_text().strip()
-    if config.resume == "auto":
-        return None
-    if not list(directory.glob("*model_states.pt")):
-        raise ValueError(f"resume: {directory} holds no DeepSpeed checkpoint; give RUN_DIR/checkpoints/step-N, or auto")
-    return directory
-
-
 def main(argv: list[str] | None = None) -> None:
     config = parse("pipeline.evaluate", argv)
     with exit_on_user_error("pipeline.evaluate"):
         if config.data.eval_files is None:
             raise ValueError("data.eval_files is not set: there is nothing to evaluate on")
-        checkpoint = find_checkpoint(config)
-        if collectives.launched_rank() == 0:
-            ensure_prepared(config)
+        ensure_prepared(config)
         device = engine.join_process_group()
-        collectives.barrier()
+        checkpoint = collectives.broadcast(find_checkpoint(config) if collectives.rank() == 0 else None)
         model = load_model(config.model, config.seed).eval()
-    if checkpoint:
-        model.load_state_dict(engine.checkpoint_weights(checkpoint), strict=False)
+        if checkpoint:
+            _load_weights(model, checkpoint)
     model.to(device)
     figures = evaluate(
-        lambda ids_BT: model(input_ids=ids_BT).logits,
+        lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits,
         load_split(config.data.prepared_dir, "eval"),
         load_report(config.data.prepared_dir)["eval"]["subsets"],
         read_deepspeed_config(config)["train_micro_batch_size_per_gpu"],
@@ -134,6 +116,16 @@ def main(argv: list[str] | None = None) -> None:
         print_figures(name, figures)
         print(json.dumps({"model": name, **figures}))
     collectives.leave()
+
+
+def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+    """Raises ValueError where the weights in `checkpoint` are not this model's; tied ones may be there once."""
+    missing, unexpected = model.load_state_dict(engine.checkpoint_weights(checkpoint), strict=False)
+    left = sorted(set(missing) - set(model.all_tied_weights_keys)) + unexpected
+    if left:
+        raise ValueError(
+            f"resume: {checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}"
+        )
 
 
 def print_figures(title: str, figures: dict[str, Any]) -> None:

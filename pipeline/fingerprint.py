@@ -1,28 +1,37 @@
 """What made a dataset, so that one made of something else is noticed."""
 
 import hashlib
+import platform
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.builtin import builtin_documents
 from pipeline.config import BUILTIN, Config
 from pipeline.corpus import resolve
-from pipeline.document import Split
 from pipeline.tokenizer import vocabulary_size
 
 FORMAT = 1  # raise it whenever the same inputs would give other rows
 
 
-def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """Everything that decides what the rows are; reads every file once. `tokenizer` is None where it is trained."""
-    data = config.data
+def fingerprint(
+    config: Config, tokenizer: PreTrainedTokenizerBase | None, known: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Everything that decides what the rows are. `tokenizer` is None where it is trained.
+
+    Reads every file once, unless `known`, an earlier fingerprint, has one of the same name, size and modification time.
+    """
+    data, seen = config.data, known or {}
+    known_files = {
+        (file["name"], file["size"], file["modified"]): file
+        for file in [*seen.get("train_files", []), *(seen.get("eval_files") or [])]
+        if "name" in file
+    }
     return {
         "format": FORMAT,
-        "train_files": [_identity(source, "train") for source in resolve(data.train_files)],
-        "eval_files": None if data.eval_files is None else [_identity(s, "eval") for s in resolve(data.eval_files)],
+        "train_files": [_identity(source, known_files) for source in resolve(data.train_files)],
+        "eval_files": data.eval_files and [_identity(source, known_files) for source in resolve(data.eval_files)],
         "tokenizer": {"trained": vocabulary_size(config)} if tokenizer is None else _tokenizer_identity(tokenizer),
         "seed": config.seed,
         **{key: getattr(data, key) for key in (
@@ -31,19 +40,22 @@ def fingerprint(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> di
     }  # fmt: skip
 
 
-def _identity(source: str, split: Split) -> dict[str, Any]:
-    """Of a file its name (not its directory, which may move), size and content; of builtin text its content."""
-    digest = hashlib.blake2b(digest_size=16)
+def _identity(source: str, known_files: dict[tuple[str, int, int], dict[str, Any]]) -> dict[str, Any]:
+    """Of a file its name (not its directory, which may move), size and content; of the builtin text the Python version:
+    a prepared copy outlives the packages that come and go in an installation; of a hub corpus its id."""
     if source == BUILTIN:
-        for document in builtin_documents()[split]:
-            digest.update(repr(document).encode())
-        return {"builtin": digest.hexdigest()}
+        return {"builtin": platform.python_version()}
     if not Path(source).is_file():
         return {"hub": source}
+    state = Path(source).stat()
+    name, size, modified = Path(source).name, state.st_size, state.st_mtime_ns
+    if (name, size, modified) in known_files:
+        return known_files[name, size, modified]
+    digest = hashlib.blake2b(digest_size=16)
     with open(source, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
-    return {"name": Path(source).name, "size": Path(source).stat().st_size, "blake2b": digest.hexdigest()}
+    return {"name": name, "size": size, "modified": modified, "blake2b": digest.hexdigest()}
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -58,12 +70,12 @@ def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """The keys that differ, one a line, with both values; empty where none does."""
+    """The keys that differ, one a line, with both values; empty where none does. When a file was written is none."""
     before, after = _flat(old), _flat(new)
     lines = [
         f"  {key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in {**before, **after}
-        if key not in before or key not in after or before[key] != after[key]
+        if (key not in before or key not in after or before[key] != after[key]) and not key.endswith(".modified")
     ]
     return "\n".join(lines[:20] + [f"  ... and {len(lines) - 20} more"] * (len(lines) > 20))
 

@@ -56,8 +56,11 @@ class _TokenLosses(torch.autograd.Function):
             if visit is not None:
                 kept.append(visit(_logit_gradient(logits_nV, lse_n1, target_n1, labelled_n)))
         ctx.save_for_backward(logits_NV, labels_N)
-        feedback = torch.cat(kept) if visit is not None else None
-        return torch.cat(losses), feedback
+        if visit is None:
+            return torch.cat(losses), None
+        feedback_NG = torch.cat(kept)
+        ctx.mark_non_differentiable(feedback_NG)
+        return torch.cat(losses), feedback_NG
 
     @staticmethod
     def backward(ctx, grad_N: Tensor, _):

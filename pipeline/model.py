@@ -37,7 +37,6 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     del zero3
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
-    model.config.use_cache = False
     return model.train()
 
 

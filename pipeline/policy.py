@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ def decide(scores: Tensor, tokens: Tensor, policy: PolicyConfig, step: int, seed
     Ties go by position, the earlier first. Units without labelled tokens or
     without a score are neither flagged nor counted. At most
     floor(max_drop_fraction * units) are dropped, worst first. `reweight` gives every unit the positive part of its
-    score, scaled to mean 1; where no score is positive, the weights stay 1.
+    score, scaled to mean 1, however many that makes 0; where no score is positive, the weights stay 1.
     """
     scores, labelled = scores.double(), (tokens > 0) & scores.isfinite()
     units = int(labelled.sum())
@@ -58,8 +59,7 @@ def decide(scores: Tensor, tokens: Tensor, policy: PolicyConfig, step: int, seed
 
 def _stochastic_round(expected: float, seed: int, micro_batch: int) -> int:
     whole = int(expected)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + micro_batch)
-    return whole + int(torch.rand((), generator=generator, dtype=torch.float64) < expected - whole)
+    return whole + int(np.random.default_rng([seed, micro_batch]).random() < expected - whole)
 
 
 def _reasons(which: dict[str, Tensor]) -> list[str]:

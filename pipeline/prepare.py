@@ -2,7 +2,7 @@
 
     prepared_dir/train/ eval/        rows (see `load_split`), memory-mapped by `datasets`
     prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
-                                     tokens (in the rows, with its eos), bytes (UTF-8, of its whole text)
+                                     tokens (in the rows, with its eos), bytes (UTF-8, of these tokens)
     prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
     prepared_dir/fingerprint.json    what made the dataset
     prepared_dir/report.json         what is in it, and what was wrong with the files
@@ -11,10 +11,12 @@ Run it with `python -m pipeline.prepare --config run.yaml`; training does where 
 """
 
 import glob
+import itertools
 import json
 import os
 import shutil
 import socket
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
@@ -28,6 +30,7 @@ from datasets import Dataset, load_from_disk
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.collectives import launched_rank
 from pipeline.config import Config, exit_on_user_error, parse
 from pipeline.corpus import Problems, read_documents
 from pipeline.document import Document, Split
@@ -43,14 +46,24 @@ SOURCES = pa.schema(
 
 
 def ensure_prepared(config: Config) -> None:
-    """Prepare where `data.prepared_dir` is missing. Raises ValueError where it was made of something else.
+    """On rank 0, prepare where `data.prepared_dir` is missing; on the others, wait for it. Before any process group.
 
-    An eval split that the config does not ask for is no difference.
+    Raises ValueError, on rank 0, where it was made of something else; an eval split that the config does not ask for
+    is no difference.
     """
     directory = Path(config.data.prepared_dir)
+    if rank := launched_rank():
+        # No collective: a large corpus takes longer than any of their timeouts.
+        for second in itertools.count():
+            if (directory / "fingerprint.json").exists():
+                return
+            if second % 60 == 5:
+                print(f"rank {rank} waits for rank 0 to prepare {directory} (all hosts must see it)", flush=True)
+            time.sleep(1)
     if not (directory / "fingerprint.json").exists():
         return prepare(config)
-    old, new = load_fingerprint(directory), fingerprint(config, load_tokenizer(config))
+    old = load_fingerprint(directory)
+    new = fingerprint(config, load_tokenizer(config), known=old)
     if config.data.eval_files is None:
         old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
     if differences := changes(old, new):
@@ -176,11 +189,13 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
             taken: list[tuple[str, np.ndarray]] = []
             rows: list[dict[str, Any]] = []
             for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
+                whole = len(ids)
                 ids = ids[:room]
                 if not len(ids):
                     break
                 room = None if room is None else room - len(ids)
-                size = {"tokens": len(ids), "bytes": len(document.text.encode())}
+                # Of a document cut by `max_sequences`, its share: bits per byte need bytes that were predicted.
+                size = {"tokens": len(ids), "bytes": round(len(document.text.encode()) * len(ids) / whole)}
                 subsets.setdefault(document.subset, Counter()).update(documents=1, **size)
                 where = {"file": document.file, "line": document.line, "subset": document.subset}
                 rows.append({"document_id": document_id, **where, **size})

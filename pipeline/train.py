@@ -5,6 +5,7 @@ deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstar
 
 import itertools
 import json
+import math
 import shutil
 import signal
 from dataclasses import dataclass, fields
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 
 from pipeline import collectives, engine, ledger
+from pipeline.checkpoint import find_checkpoint, publish
 from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
 from pipeline.data import Samples, UnitTable
 from pipeline.engine import DeepSpeedEngine
 from pipeline.estimator import Estimator
-from pipeline.evaluate import evaluate, find_checkpoint
+from pipeline.evaluate import evaluate
+from pipeline.fingerprint import changes
 from pipeline.loss import IGNORE, token_losses, weighted_mean
 from pipeline.model import load_model
 from pipeline.observe import Recorder, print_summary
@@ -43,14 +46,10 @@ class Progress:
 def train(config: Config) -> None:
     """Run `config` from its start, or from its checkpoint, to `max_steps` or until a signal asks for a stop."""
     with exit_on_user_error("pipeline.train"):
-        checkpoint = find_checkpoint(config)
-        if collectives.launched_rank() == 0:
-            ensure_prepared(config)
-            if checkpoint is None:
-                _move_aside(Path(config.run_dir))
+        ensure_prepared(config)
         device = engine.join_process_group()
-        collectives.barrier()
         rank, world = collectives.rank(), collectives.world_size()
+        checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
         deepspeed_config = read_deepspeed_config(config)
         samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
         model = load_model(config.model, config.seed, deepspeed_config)
@@ -64,13 +63,17 @@ def train(config: Config) -> None:
 
     size = ds_engine.train_micro_batch_size_per_gpu()
     accumulation = ds_engine.gradient_accumulation_steps()
-    recorder = Recorder(config, samples, progress.step) if rank == 0 else None
+    recorder = None
+    if rank == 0:
+        if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
+            _move_aside(Path(config.run_dir))
+        recorder = Recorder(config, samples, progress.step)
     if not checkpoint:
         _evaluate(ds_engine, config, progress, recorder)
 
     stop = StopSignal()
     while progress.step < config.max_steps and not stop.agreed:
-        step = progress.step + 1
+        step, learning_rate = progress.step + 1, ds_engine.get_lr()[0]
         with timed("step"):
             for micro_step in range(accumulation):
                 micro_batch = progress.step * accumulation + micro_step
@@ -78,7 +81,7 @@ def train(config: Config) -> None:
                 _seed_dropout(config.seed, micro_batch, rank)
 
                 with estimator.capture():
-                    logits = ds_engine(input_ids=batch.input_ids_BT).logits
+                    logits = ds_engine(input_ids=batch.input_ids_BT, use_cache=False).logits
                 losses_BT, feedback_NG = token_losses(logits, batch.labels_BT, estimator.visit)
                 losses_U = batch.sum_per_unit(losses_BT.detach())
                 tokens_U = batch.sum_per_unit(batch.labels_BT != IGNORE)
@@ -93,7 +96,7 @@ def train(config: Config) -> None:
                 weights_BT = batch.spread_over_tokens(decision.weights[units.ranks == rank])
                 kept_tokens = float((decision.weights * units.tokens).sum())
                 ds_engine.backward(weighted_mean(losses_BT, weights_BT, kept_tokens, world))
-                ds_engine.step()
+                gradient_norm = engine.take_step(ds_engine)
 
                 if recorder:
                     where = {"step": step, "micro_step": micro_step, "position": progress.position}
@@ -103,8 +106,14 @@ def train(config: Config) -> None:
         progress.step = step
         stop.agreed = units.stop
         if recorder:
-            recorder.step(step, _engine_scalars(ds_engine), timed.read(), estimator.norms())
-        if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0:
+            scalars = {
+                "train/lr": learning_rate,
+                "train/grad_norm": math.nan if gradient_norm is None else gradient_norm,
+                "train/skipped_steps": ds_engine.skipped_steps,
+                "train/memory_gb": engine.peak_memory() / 1e9,
+            }
+            recorder.step(step, scalars, timed.read(), estimator.norms())
+        if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
             _evaluate(ds_engine, config, progress, recorder)
         if step % config.checkpoint.every_steps == 0 or step == config.max_steps or stop.agreed:
             _checkpoint(ds_engine, config, progress, estimator, recorder)
@@ -143,23 +152,15 @@ def _seed_dropout(seed: int, micro_batch: int, rank: int) -> None:
 
 
 def _refuse_non_finite(units: UnitTable, step: int, scored: bool) -> None:
-    """Every rank holds the same table, so all raise or none does."""
-    bad = ~units.losses.isfinite() | (scored & ~units.scores.isfinite())
-    if bad.any():
-        which = ", ".join(f"unit {u} on rank {units.ranks[u]}" for u in bad.nonzero().flatten().tolist())
-        raise FloatingPointError(
-            f"step {step}: the loss or score of {which} of the global micro-batch is not finite; nothing was updated. "
-            "The newest checkpoint is from before: lower the learning rate or look at the documents, then resume"
-        )
-
-
-def _engine_scalars(ds_engine: DeepSpeedEngine) -> dict[str, float]:
-    return {
-        "train/lr": ds_engine.get_lr()[0],
-        "train/grad_norm": float(ds_engine.get_global_grad_norm() or 0.0),
-        "train/skipped_steps": ds_engine.skipped_steps,
-        "train/memory_gb": engine.peak_memory() / 1e9,
-    }
+    """Every rank holds the same table, so all raise or none does. One sample's infinite loss makes all scores so:
+    losses are named first."""
+    for what, values in {"loss": units.losses, **({"score": units.scores} if scored else {})}.items():
+        if bad := (~values.isfinite()).nonzero().flatten().tolist():
+            which = ", ".join(f"{u} (rank {units.ranks[u]})" for u in bad)
+            raise FloatingPointError(
+                f"step {step}: the {what} of unit {which} of the global micro-batch is not finite; nothing was "
+                "updated. The newest checkpoint is from before: lower the learning rate, look at the documents, resume"
+            )
 
 
 def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None) -> None:
@@ -168,7 +169,7 @@ def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, re
         return
     ds_engine.eval()
     progress.evaluations[progress.step] = figures = evaluate(
-        lambda ids_BT: ds_engine(input_ids=ids_BT).logits,
+        lambda ids_BT: ds_engine(input_ids=ids_BT, use_cache=False).logits,
         load_split(config.data.prepared_dir, "eval"),
         load_report(config.data.prepared_dir)["eval"]["subsets"],
         ds_engine.train_micro_batch_size_per_gpu(),
@@ -182,11 +183,14 @@ def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, re
 def _checkpoint(
     ds_engine: DeepSpeedEngine, config: Config, progress: Progress, estimator: Estimator, recorder: Recorder | None
 ) -> None:
+    """Everything that a resumed run needs. The ledger's rows are published first, `latest` last: between the two, a
+    kill leaves rows that a resume discards; the other way round it would lose rows. Collective."""
     progress.estimator = estimator.state_dict()
-    directory = Path(config.run_dir, "checkpoints")
-    engine.save_checkpoint(ds_engine, directory, f"step-{progress.step}", vars(progress), config.checkpoint.keep)
+    checkpoint = Path(config.run_dir, "checkpoints", f"step-{progress.step}")
+    engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
     if recorder:
         recorder.commit(progress.step)
+        publish(checkpoint, config.checkpoint.keep)
 
 
 def _resume(ds_engine: DeepSpeedEngine, checkpoint: Path, fresh: Progress) -> Progress:
@@ -195,8 +199,8 @@ def _resume(ds_engine: DeepSpeedEngine, checkpoint: Path, fresh: Progress) -> Pr
     progress = Progress(**{field.name: saved[field.name] for field in fields(Progress)})
     if progress.world_size != fresh.world_size:
         raise ValueError(f"resume: {checkpoint} was written by {progress.world_size} ranks, not {fresh.world_size}")
-    if progress.fingerprint != fresh.fingerprint:
-        raise ValueError(f"resume: {checkpoint} was trained on another dataset than the one in data.prepared_dir")
+    if differences := changes(progress.fingerprint, fresh.fingerprint):
+        raise ValueError(f"resume: {checkpoint} was trained on another dataset:\n{differences}")
     return progress
 
 

@@ -12,7 +12,7 @@ VOCABULARY = 300
 def tiny(kind: str) -> torch.nn.Module:
     """`gpt_neo` and `gpt2` tie their heads, `llama` does not, `llama_tied` does."""
     torch.manual_seed(7)
-    if kind == "gpt_neo":
+    if kind in ("gpt_neo", "gpt_neo_with_dropout"):
         return GPTNeoForCausalLM(
             GPTNeoConfig(
                 vocab_size=VOCABULARY,
@@ -21,6 +21,7 @@ def tiny(kind: str) -> torch.nn.Module:
                 num_heads=2,
                 attention_types=[[["global", "local"], 1]],
                 window_size=8,
+                resid_dropout=0.1 if kind == "gpt_neo_with_dropout" else 0.0,
                 max_position_embeddings=64,
                 bos_token_id=0,
                 eos_token_id=0,

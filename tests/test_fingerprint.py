@@ -62,12 +62,6 @@ def test_a_tokenizer_is_known_by_its_content_and_not_by_its_place_or_settings_fi
     assert "  tokenizer.trained: 300 -> 'absent'" in differences(config, one).split("\n")
 
 
-def test_builtin_splits_are_told_apart_and_a_fingerprint_survives_json(config):
-    made = fingerprint(remade(config, train_files="builtin", eval_files="builtin"), None)
-    assert made["train_files"] != made["eval_files"]
-    assert changes(json.loads(json.dumps(made)), made) == ""
-
-
 def test_many_changes_are_counted_after_the_first_twenty():
     lines = changes({"files": list(range(30))}, {"files": list(range(1, 31))}).split("\n")
     assert lines[0] == "  files.0: 0 -> 1"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import ledger
-from pipeline.config import Config, to_yaml
+from pipeline.config import Config, to_dict, to_yaml
 from tests.launcher import ROOT, deepspeed, environment, rank_processes
 from tests.runs import ADAM, config_of, deepspeed_json, largest_difference, weights
 
@@ -48,11 +48,11 @@ def wait_for_step(config: Config, process: subprocess.Popen[str], step: int) -> 
 
 def test_killed_at_a_random_step_and_resumed_equals_an_unbroken_run(corpus, tiny_model, tmp_path):
     """Catches everything that a checkpoint forgets: losses, kept sets, ledger and weights are exactly equal."""
-    unbroken = job(corpus, tmp_path, tiny_model("gpt_neo"), "unbroken")
+    unbroken = job(corpus, tmp_path, tiny_model("gpt_neo_with_dropout"), "unbroken")
     output = finish(deepspeed("pipeline.train", unbroken))
     assert re.search(r"all +│ +- │ +- │ +480 │ +1\d\d │", output), output
 
-    killed = job(corpus, tmp_path, tiny_model("gpt_neo"), "killed")
+    killed = job(corpus, tmp_path, tiny_model("gpt_neo_with_dropout"), "killed")
     process = deepspeed("pipeline.train", killed)
     wait_for_step(killed, process, random.choice([5, 10, 20]))
     time.sleep(random.uniform(0, 0.5))
@@ -93,8 +93,11 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_help_explains_every_key_and_unknown_ones_are_refused_by_name(corpus, tiny_model, tmp_path):
     shown = command("pipeline.train", "--help")
     assert shown.returncode == 0
-    for key in ("--policy.max_drop_fraction", "--influence.sketch", "--data.sequence_length", "--checkpoint.keep"):
-        assert key in shown.stdout
+    keys = to_dict(job(corpus, tmp_path, tiny_model("llama"), "help"))
+    for name, value in keys.items():
+        for key in [f"{name}.{inner}" for inner in value] if isinstance(value, dict) else [name]:
+            explained = shown.stdout.split(f"\n  --{key} ", 1)[1].split("(", 1)[0]
+            assert len(explained.split()) > 3, key
     refused = command("pipeline.train", "--config", str(ROOT / "launch" / "stories260k_pile.yaml"), "--polcy.rate", "1")
     assert refused.returncode == 2
     assert "--polcy.rate" in refused.stderr
