@@ -85,6 +85,9 @@ class InfluenceConfig:
     """Power of D on each side: 0.5 as in the paper, 0.25 for the geometry of Adam's own step."""
     adam_decay: float = 0.95
     """Decay of D per micro-batch, bias-corrected; best equal to the optimizer's second beta."""
+    scope: Literal["micro_step", "step"] = "micro_step"
+    """What a unit is compared with, decided together with, and at what price. micro_step: the global micro-batch, in
+    the training forward; step: all micro-batches of the optimizer step, in one more forward before any backward."""
     passes: Literal["one", "score_first"] = "one"
     """one: score inside the training forward."""
 
@@ -100,12 +103,15 @@ class PolicyConfig:
     threshold: float = 0.0
     """Scores below it are flagged, in the units of the score."""
     rate: float = 0.1
-    """Fraction of every global micro-batch that is flagged, 0 to 1."""
+    """Fraction of every global micro-batch (with `influence.scope: step`, of a whole step) that is flagged, 0 to 1."""
     warmup_steps: int = 0
     """Optimizer steps in which nothing is dropped or reweighted."""
     max_drop_fraction: float = 0.5
     """Never drop more than this fraction of a global micro-batch (rounded down); the worst go first. At 1 a whole
     micro-batch may go: it then adds a zero gradient. (reweight is not bound by it.)"""
+    stop_after_non_finite: int = 20
+    """Stop after so many optimizer steps in a row in which a unit's loss or score was not finite, or DeepSpeed skipped
+    an update that was not. (Such units count for nothing; fp16 skips a few steps while it finds its scale.)"""
 
 
 @dataclass(frozen=True)
@@ -138,7 +144,7 @@ class Config:
     data: DataConfig
     """The corpus."""
     max_steps: int = 1000
-    """Optimizer steps."""
+    """Optimizer steps after which the run ends; an update that DeepSpeed skips counts."""
     seed: int = 0
     """Seeds sample order, sketches, the policy's rounding, random scores, dropout and a model made from scratch."""
     resume: str = "none"
@@ -181,6 +187,7 @@ def _check(config: Config) -> None:
         "checkpoint.every_steps": config.checkpoint.every_steps,
         "checkpoint.keep": config.checkpoint.keep,
         "observe.every_steps": config.observe.every_steps,
+        "policy.stop_after_non_finite": policy.stop_after_non_finite,
         "observe.eval_every_steps": config.observe.eval_every_steps,
     }
     if isinstance(influence.sketch, SketchConfig):

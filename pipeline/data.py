@@ -1,7 +1,8 @@
 """Packed sequences -> batches. The order of samples is a function of (seed, global position) and nothing else."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Self
 
 import datasets
 import numpy as np
@@ -47,27 +48,70 @@ class Batch:
             values_N[slice(*unit.span)] = value
         return values_N.to(self.input_ids_BT.device).view_as(self.input_ids_BT)
 
+    def whole_rows(self, true_U: Tensor) -> Tensor:
+        """True where it is true of all units of the same sequence."""
+        rows_U = self._rows_U().to(true_U.device)
+        return ~torch.isin(rows_U, rows_U[~true_U])
+
+    def blank(self, units_U: Tensor) -> "Batch":
+        """The batch with token 0 all over the sequences of these units: of the same shape, with nothing of theirs."""
+        ids_BT = self.input_ids_BT.clone()
+        ids_BT[self._rows_U()[units_U].to(ids_BT.device)] = 0
+        return replace(self, input_ids_BT=ids_BT)
+
+    def _rows_U(self) -> Tensor:
+        return torch.tensor([unit.span[0] // self.input_ids_BT.shape[1] for unit in self.units])
+
+
+@dataclass(frozen=True)
+class Scored:
+    """This rank's units of one micro-batch: scores against all that is decided together and against the micro-batch
+    alone, losses (sums over labelled tokens, nats) and how many tokens these are."""
+
+    scores_U: Tensor
+    micro_scores_U: Tensor
+    losses_U: Tensor
+    tokens_U: Tensor
+
 
 @dataclass(frozen=True)
 class UnitTable:
-    """All units of a global micro-batch, in the order of their positions, as every rank knows them; on the CPU.
+    """Units as every rank knows them, in the order of their positions; on the CPU.
 
-    `losses` are sums over a unit's labelled `tokens`, in nats; `stop`: some rank was asked to stop.
+    `losses` are sums over a unit's labelled `tokens`, in nats. Where several micro-batches are decided together,
+    `micro_steps` numbers them and `micro_scores` are against the unit's own one. `stop`: some rank was asked to stop.
     """
 
     ranks: Tensor
+    micro_steps: Tensor
     scores: Tensor
+    micro_scores: Tensor
     losses: Tensor
     tokens: Tensor
     stop: bool
 
     @classmethod
-    def gather(cls, rank: int, scores_U: Tensor, losses_U: Tensor, tokens_U: Tensor, stop: bool) -> "UnitTable":
-        """From what each rank knows of its own units. Collective: the one gather of a micro-batch."""
-        alike = [torch.full_like(losses_U, value) for value in (rank, stop)]
-        own_UC = torch.stack([scores_U.to(losses_U.dtype), losses_U, tokens_U, *alike], dim=1)
-        scores, losses, tokens, ranks, stops = collectives.all_gather_rows(own_UC).cpu().T
-        return cls(ranks.long(), scores, losses, tokens, bool(stops.any()))
+    def gather(cls, rank: int, scored: list[Scored], stop: bool) -> Self:
+        """From what each rank knows of its own units, by micro-batch. Collective: the one gather."""
+        numbers = [torch.full_like(part.losses_U, index) for index, part in enumerate(scored)]
+        columns = [[getattr(part, field.name) for part in scored] for field in fields(Scored)]
+        own = [torch.cat(column).double() for column in (numbers, *columns)]
+        alike = [torch.full_like(own[0], value) for value in (rank, stop)]
+        gathered = collectives.all_gather_rows(torch.stack([*own, *alike], dim=1)).cpu()
+        in_order = gathered[gathered[:, 0].argsort(stable=True)]  # by micro-batch, then by rank
+        micro_steps, scores, micro_scores, losses, tokens, ranks, stops = in_order.T
+        return cls(ranks.long(), micro_steps.long(), scores, micro_scores, losses, tokens, bool(stops.any()))
+
+    @property
+    def finite(self) -> Tensor:
+        """Units whose loss is a number, and whose score is (where nothing is scored, none is)."""
+        scored = not self.scores.isnan().all()
+        return self.losses.isfinite() & (self.scores.isfinite() if scored else True)
+
+    def of(self, mask: Tensor) -> "UnitTable":
+        """Some of the units."""
+        columns = ("ranks", "micro_steps", "scores", "micro_scores", "losses", "tokens")
+        return replace(self, **{name: getattr(self, name)[mask] for name in columns})
 
 
 class Samples:

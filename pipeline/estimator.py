@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 from pipeline import collectives
 from pipeline.capture import LayerInputs
 from pipeline.config import InfluenceConfig
-from pipeline.data import Unit
+from pipeline.data import Batch, Scored, Unit
 from pipeline.influence import CountSketch, SquaredGradient, influence_scores, unit_moments
-from pipeline.loss import Visitor
+from pipeline.loss import IGNORE, Visitor
 from pipeline.model import head_layer, linear_layers
 from pipeline.timing import Stopwatch
 
@@ -23,8 +23,8 @@ from pipeline.timing import Stopwatch
 class Estimator:
     """Scores units by `config.estimator`. Two of them need the forward: `lai` and `lli`; the rest have no `capture`.
 
-    Use, once per micro-batch and on every rank: the forward inside `capture()`, `visit` handed to
-    `loss.token_losses`, then `scores`.
+    Use, on every rank: for each micro-batch the forward inside `capture()`, `visit` handed to `loss.token_losses`, then
+    `add`; and `scores` for one or for several micro-batches at a time.
     """
 
     def __init__(
@@ -33,6 +33,7 @@ class Estimator:
         self._config, self._seed, self._timed = config, seed, timed
         self._inputs: LayerInputs | None = None
         self._squared: SquaredGradient | None = None
+        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         if config.estimator not in ("lai", "lli"):
             return
         name, head = head_layer(model)
@@ -63,33 +64,62 @@ class Estimator:
         return self._inputs.norms() if self._inputs else {}
 
     @torch.no_grad()
-    def scores(self, units: list[Unit], losses_U: Tensor, tokens_U: Tensor, feedback_NG: Tensor | None) -> Tensor:
-        """Score of each of this rank's units against the global micro-batch; positive helps; NaN for `none`.
+    def add(self, batch: Batch, losses_BT: Tensor, feedback_NG: Tensor | None) -> None:
+        """Take in one micro-batch of this rank after its forward. Its moments are kept: 4 K G bytes a unit."""
+        losses_U, tokens_U = batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)
+        finite_U = batch.whole_rows(losses_U.isfinite())
+        if self._inputs is None:
+            basis = self._control_scores(batch.units, losses_U, tokens_U)
+        else:
+            assert feedback_NG is not None
+            with self._timed("moments"):
+                basis = unit_moments(self._inputs.take_keys(), feedback_NG, [unit.span for unit in batch.units])
+                finite_U = batch.whole_rows(finite_U & basis.sum((1, 2)).isfinite())
+                # One sample that is not finite must not make all scores so.
+                basis = basis.where(finite_U[:, None, None], 0.0)
+        self._pending.append((basis, losses_U.where(finite_U, torch.nan), tokens_U))
 
-        Collective for `lai` and `lli`: one all-reduce of K x G numbers (and V + 1 more under `adam_ema`).
+    @torch.no_grad()
+    def scores(self) -> list[Scored]:
+        """This rank's units of every micro-batch added since the last call; the reference is all of these on all ranks.
+
+        Positive helps; NaN for `none`. A unit that is not finite has NaN as its loss, and so have the others of its
+        sequence. Collective for `lai` and `lli`: one all-reduce of K x G numbers a micro-batch (and V + 1 under
+        `adam_ema`).
         """
+        pending, self._pending = self._pending, []
+        if self._inputs is None:
+            return [Scored(scores_U, scores_U, losses_U, tokens_U) for scores_U, losses_U, tokens_U in pending]
+        with self._timed("moments"):
+            local = [moments_UKG.sum(0).flatten() for moments_UKG, *_ in pending]
+            if self._squared:
+                tokens = torch.stack([tokens_U.sum() for *_, tokens_U in pending]).sum()
+                local += [self._square_sum_V, tokens.to(self._square_sum_V)[None]]
+        with self._timed("reduce"):
+            summed = collectives.all_reduce_sum(torch.cat(local)).split([part.numel() for part in local])
+        with self._timed("moments"):
+            if self._squared:
+                if summed[-2].isfinite().all():
+                    self._squared.update(summed[-2], float(summed[-1]))
+                self._square_sum_V.zero_()
+            references = [part.view_as(pending[0][0][0]) for part in summed[: len(pending)]]
+            reference_KG = torch.stack(references).sum(0) if len(references) > 1 else references[0]
+            scored = []
+            for (moments_UKG, losses_U, tokens_U), micro_KG in zip(pending, references, strict=True):
+                scores_U = influence_scores(moments_UKG, reference_KG, self._config.include_self)
+                micro_U = scores_U
+                if len(references) > 1:
+                    micro_U = influence_scores(moments_UKG, micro_KG, self._config.include_self)
+                scored.append(Scored(scores_U, micro_U, losses_U, tokens_U))
+            return scored
+
+    def _control_scores(self, units: list[Unit], losses_U: Tensor, tokens_U: Tensor) -> Tensor:
         if self._config.estimator == "loss":
             return -losses_U / tokens_U.clamp(min=1)
         if self._config.estimator == "random":
             numbers = [np.random.default_rng([self._seed, u.position, u.document_ids[0]]).random() for u in units]
             return torch.tensor(numbers, device=losses_U.device)
-        if self._inputs is None:
-            return torch.full_like(losses_U, torch.nan)
-        assert feedback_NG is not None
-        with self._timed("moments"):
-            keys_NK = self._inputs.take_keys()
-            moments_UKG = unit_moments(keys_NK, feedback_NG, [unit.span for unit in units])
-            local = [moments_UKG.sum(0).flatten()]
-            if self._squared:
-                local += [self._square_sum_V, tokens_U.sum().to(self._square_sum_V)[None]]
-        with self._timed("reduce"):
-            summed = collectives.all_reduce_sum(torch.cat(local))
-        with self._timed("moments"):
-            reference, *squares = summed.split([part.numel() for part in local])
-            if self._squared:
-                self._squared.update(squares[0], float(squares[1]))
-                self._square_sum_V.zero_()
-            return influence_scores(moments_UKG, reference.view_as(moments_UKG[0]), self._config.include_self)
+        return torch.full_like(losses_U, torch.nan)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to score as this one would; the same on every rank."""

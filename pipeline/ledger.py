@@ -19,8 +19,8 @@ SCHEMA = pa.schema(
         ("document_ids", pa.list_(pa.int64())),
         ("subset", pa.string()),  # the one with most of the unit's tokens
         ("tokens", pa.int32()),  # labelled ones
-        ("loss", pa.float32()),  # mean over them, nats
-        ("score", pa.float32()),  # positive helps; null where nothing was scored
+        ("loss", pa.float32()),  # mean over them, nats; null where it is not finite
+        ("score", pa.float32()),  # positive helps; null where nothing was scored or it is not finite
         ("kept", pa.bool_()),
         ("reason", pa.string()),  # why it was not kept as it was, or why a flagged unit was
         ("weight", pa.float32()),  # of its tokens in the loss: 0 dropped, 1 kept, else reweighted
@@ -92,10 +92,12 @@ class Ledger:
 
 
 def table(columns: dict[str, Any]) -> pa.Table:
-    """Rows from columns: lists, or one value for all rows. NaN scores become null."""
+    """Rows from columns: lists, or one value for all rows. Losses and scores that are not finite become
+    null."""
     length = len(columns["position"])
     full = {name: value if isinstance(value, list) else [value] * length for name, value in columns.items()}
-    full["score"] = [None if math.isnan(score) else score for score in full["score"]]
+    for name in ("loss", "score"):
+        full[name] = [value if math.isfinite(value) else None for value in full[name]]
     return pa.table(full, schema=SCHEMA)
 
 

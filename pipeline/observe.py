@@ -88,7 +88,7 @@ class Recorder:
             )
         )
         kept = sum(weight * count for weight, count in zip(weights, tokens, strict=True))
-        lost = sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+        lost = sum(weight * loss for weight, loss in zip(weights, losses, strict=True) if weight)
         self._losses.append(lost / kept if kept else 0.0)
 
     def step(self, step: int, scalars: dict[str, float], seconds: dict[str, float], norms: dict[str, Tensor]) -> None:
@@ -100,7 +100,7 @@ class Recorder:
         rate = sum(rows["tokens"].to_pylist()) / seconds["step"]
         loss = sum(self._losses) / len(self._losses)
         self._losses.clear()
-        scoring = sum(value for part, value in seconds.items() if part != "step") / seconds["step"]
+        scoring = _scoring(seconds) / seconds["step"]
         self._board.scalars(
             {"train/loss": loss, "train/tokens_per_second": rate, "train/scoring_fraction": scoring, **scalars}, step
         )
@@ -127,8 +127,7 @@ class Recorder:
         """Close all files; returns the fraction of the time of its steps that this process spent on scoring."""
         self._bar.close()
         self._board.close()
-        total = self._seconds.pop("step", 0.0)
-        return self._seconds.total() / total if total else math.nan
+        return _scoring(self._seconds) / self._seconds["step"] if self._seconds else math.nan
 
     def _text_of(self, row: dict[str, Any]) -> str:
         return str(self._tokenizer.decode(self._samples.tokens_of(row["sample_id"], row["document_ids"])))
@@ -190,7 +189,7 @@ class TensorBoard:
     def removed_texts(self, rows: pa.Table, text_of: Callable[[dict[str, Any]], str], step: int) -> None:
         """The worst few of the removed units among `rows`, decoded by `text_of(row)`, one after another."""
         removed = [row for row in rows.to_pylist() if not row["kept"]]
-        worst = sorted(removed, key=lambda row: row["score"])[:_TEXTS]
+        worst = sorted(removed, key=lambda row: -math.inf if row["score"] is None else row["score"])[:_TEXTS]
         if worst:
             texts = "\n\n---\n\n".join(_described(row, text_of(row)) for row in worst)
             self._writer.add_text("influence/removed_text", texts, step)
@@ -207,12 +206,22 @@ class TensorBoard:
             self._removed[subset] += removed
 
 
+def _scoring(seconds: Mapping[str, float]) -> float:
+    """What scoring took: all named parts of a step. A forward for scoring alone has two of them inside."""
+    inside = {"step", *({"layer inputs", "logit gradient"} if "scoring forward" in seconds else ())}
+    return sum(value for part, value in seconds.items() if part not in inside)
+
+
 def _described(row: dict[str, Any], text: str) -> str:
     head = (
-        f"**score {row['score']:.4g}** · loss {row['loss']:.3f} · {row['reason']} · subset `{row['subset']}` · sample "
-        f"{row['sample_id']} · documents {', '.join(map(str, row['document_ids']))}"
+        f"**score {_number(row['score'])}** · loss {_number(row['loss'])} · {row['reason']} · subset `{row['subset']}` "
+        f"· sample {row['sample_id']} · documents {', '.join(map(str, row['document_ids']))}"
     )
     return f"{head}\n\n{_code(text[:_TEXT_CHARACTERS])}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _code(text: str) -> str:

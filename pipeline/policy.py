@@ -20,46 +20,53 @@ class Decision:
     weights: Tensor
     reasons: list[str]
 
+    def of(self, mask: Tensor) -> "Decision":
+        """The entries of some of the units."""
+        return Decision(self.weights[mask], [self.reasons[index] for index in mask.nonzero().flatten().tolist()])
 
-def decide(scores: Tensor, tokens: Tensor, policy: PolicyConfig, step: int, seed: int, micro_batch: int) -> Decision:
-    """Weights for the units of global micro-batch number `micro_batch`, in optimizer step `step` (from 1).
+
+def decide(
+    scores: Tensor, tokens: Tensor, finite: Tensor, policy: PolicyConfig, step: int, seed: int, batch: int
+) -> Decision:
+    """Weights for the units that are decided together, the `batch`-th such group, in optimizer step `step` (from 1).
 
     Flagged are scores below `policy.threshold`, or the lowest `policy.rate` of the units: a fraction of a unit is
-    rounded up or down at random, with a generator that all ranks share because it is seeded by (seed, micro_batch).
-    Ties go by position, the earlier first. Units without labelled tokens or
-    without a score are neither flagged nor counted. At most
-    floor(max_drop_fraction * units) are dropped, worst first. `reweight` gives every unit the positive part of its
-    score, scaled to mean 1, however many that makes 0; where no score is positive, the weights stay 1.
+    rounded up or down at random, with a generator that all ranks share because it is seeded by (seed, batch). Ties go
+    by position, the earlier first. At most floor(max_drop_fraction * units) are dropped, worst first. `reweight` gives
+    every unit the positive part of its score, scaled to mean 1, however many that makes 0; where no score is positive,
+    the weights stay 1. Units without labelled tokens or without a score are neither flagged nor counted. Units that are
+    not `finite` (in loss or score) get weight 0 whatever the policy.
     """
-    scores, labelled = scores.double(), (tokens > 0) & scores.isfinite()
-    units = int(labelled.sum())
+    scores, counted = scores.double(), (tokens > 0) & scores.isfinite() & finite
+    units = int(counted.sum())
     place = torch.empty(len(scores), dtype=torch.long)
-    order = scores.masked_fill(~labelled, torch.inf).argsort(stable=True)
+    order = scores.masked_fill(~counted, torch.inf).argsort(stable=True)
     place[order] = torch.arange(len(scores))
     if policy.rule == "threshold":
-        flagged = (scores < policy.threshold) & labelled
+        flagged = (scores < policy.threshold) & counted
     else:
-        flagged = (place < _stochastic_round(policy.rate * units, seed, micro_batch)) & labelled
+        flagged = (place < _stochastic_round(policy.rate * units, seed, batch)) & counted
     dropped = flagged & (place < int(policy.max_drop_fraction * units + 1e-9))
 
-    ones = torch.ones_like(scores)
+    weights = torch.ones_like(scores)
     if step <= policy.warmup_steps:
-        return Decision(ones, _reasons({"warmup": flagged}))
-    if policy.action == "observe":
-        return Decision(ones, _reasons({"observe": flagged}))
-    if policy.action == "drop":
-        return Decision(
-            ones.masked_fill(dropped, 0.0), _reasons({policy.rule: dropped, "max_drop_fraction": flagged & ~dropped})
-        )
-    positive = scores.clamp(min=0).masked_fill(~labelled, 0.0)
-    if positive.sum() == 0:
-        return Decision(ones, _reasons({"no positive score": labelled}))
-    return Decision(positive * (units / positive.sum()), _reasons({"reweight": labelled}))
+        reasons = {"warmup": flagged}
+    elif policy.action == "observe":
+        reasons = {"observe": flagged}
+    elif policy.action == "drop":
+        weights = weights.masked_fill(dropped, 0.0)
+        reasons = {policy.rule: dropped, "max_drop_fraction": flagged & ~dropped}
+    elif (positive := scores.clamp(min=0).masked_fill(~counted, 0.0)).sum() == 0:
+        reasons = {"no positive score": counted}
+    else:
+        weights = positive * (units / positive.sum())
+        reasons = {"reweight": counted}
+    return Decision(weights.masked_fill(~finite, 0.0), _reasons({**reasons, "non_finite": ~finite}))
 
 
-def _stochastic_round(expected: float, seed: int, micro_batch: int) -> int:
+def _stochastic_round(expected: float, seed: int, batch: int) -> int:
     whole = int(expected)
-    return whole + int(np.random.default_rng([seed, micro_batch]).random() < expected - whole)
+    return whole + int(np.random.default_rng([seed, batch]).random() < expected - whole)
 
 
 def _reasons(which: dict[str, Tensor]) -> list[str]:

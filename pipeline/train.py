@@ -14,19 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline import collectives, engine, ledger
 from pipeline.checkpoint import find_checkpoint, publish
 from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
-from pipeline.data import Samples, UnitTable
+from pipeline.data import Batch, Samples, UnitTable
 from pipeline.engine import DeepSpeedEngine
 from pipeline.estimator import Estimator
 from pipeline.evaluate import evaluate
 from pipeline.fingerprint import changes
-from pipeline.loss import IGNORE, token_losses, weighted_mean
+from pipeline.loss import Visitor, token_losses, weighted_mean
 from pipeline.model import load_model
 from pipeline.observe import Recorder, print_summary
-from pipeline.policy import decide
+from pipeline.policy import Decision, decide
 from pipeline.prepare import ensure_prepared, load_fingerprint, load_report, load_split
 from pipeline.timing import Stopwatch
 
@@ -71,40 +72,70 @@ def train(config: Config) -> None:
     if not checkpoint:
         _evaluate(ds_engine, config, progress, recorder)
 
-    stop = StopSignal()
-    while progress.step < config.max_steps and not stop.agreed:
-        step, learning_rate = progress.step + 1, ds_engine.get_lr()[0]
+    def forward(batch: Batch, micro_batch: int, visit: Visitor | None = None) -> tuple[Tensor, Tensor | None]:
+        """Loss of every position, and what `visit` keeps of the gradient at the logits."""
+        _seed_dropout(config.seed, micro_batch, rank)
+        logits_BTV = ds_engine(input_ids=batch.input_ids_BT, use_cache=False).logits
+        return token_losses(logits_BTV, batch.labels_BT, visit)
+
+    def score(batch: Batch, micro_batch: int) -> Tensor:
+        """The forward that scores; returns the loss of every position."""
+        with estimator.capture():
+            losses_BT, feedback_NG = forward(batch, micro_batch, estimator.visit)
+        estimator.add(batch, losses_BT.detach(), feedback_NG)
+        return losses_BT
+
+    def decide_together(step: int, group: int) -> tuple[UnitTable, Decision]:
+        """On what was just scored: all ranks see all its units, in one gather, and decide alike."""
+        scored = estimator.scores()
+        with timed("decide"):
+            units = UnitTable.gather(rank, scored, stop.requested)
+            decision = decide(units.scores, units.tokens, units.finite, config.policy, step, config.seed, group)
+            return units, decision
+
+    stop, unhealthy = StopSignal(), 0
+    while progress.step < config.max_steps and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
+        step, first, learning_rate = progress.step + 1, progress.step * accumulation, ds_engine.get_lr()[0]
+        healthy, skipped, disagreements = True, ds_engine.skipped_steps, 0
         with timed("step"):
-            for micro_step in range(accumulation):
-                micro_batch = progress.step * accumulation + micro_step
-                batch = samples.batch(progress.position + rank * size, size, device)
-                _seed_dropout(config.seed, micro_batch, rank)
+            starts = [progress.position + m * size * world for m in range(accumulation)]
+            batches = [samples.batch(start + rank * size, size, device) for start in starts]
+            if config.influence.scope == "step":
+                with timed("scoring forward"), torch.no_grad():
+                    for m, batch in enumerate(batches):
+                        score(batch, first + m)
+                units_of_step, decision_of_step = decide_together(step, progress.step)
 
-                with estimator.capture():
-                    logits = ds_engine(input_ids=batch.input_ids_BT, use_cache=False).logits
-                losses_BT, feedback_NG = token_losses(logits, batch.labels_BT, estimator.visit)
-                losses_U = batch.sum_per_unit(losses_BT.detach())
-                tokens_U = batch.sum_per_unit(batch.labels_BT != IGNORE)
-                scores_U = estimator.scores(batch.units, losses_U, tokens_U, feedback_NG)
+            for m, batch in enumerate(batches):
+                if config.influence.scope == "step":
+                    losses_BT, _ = forward(batch, first + m)
+                    part = units_of_step.micro_steps == m
+                    units, decision = units_of_step.of(part), decision_of_step.of(part)
+                    alone = decide(
+                        units.micro_scores, units.tokens, units.finite, config.policy, step, config.seed, first + m
+                    )
+                    disagreements += int(((alone.weights > 0) != (decision.weights > 0)).sum())
+                else:
+                    losses_BT = score(batch, first + m)
+                    units, decision = decide_together(step, first + m)
 
-                with timed("decide"):
-                    # All that ranks must know of each other's units to decide alike, in one gather.
-                    units = UnitTable.gather(rank, scores_U, losses_U, tokens_U, stop.requested)
-                    _refuse_non_finite(units, step, scored=config.influence.estimator != "none")
-                    decision = decide(units.scores, units.tokens, config.policy, step, config.seed, micro_batch)
-
-                weights_BT = batch.spread_over_tokens(decision.weights[units.ranks == rank])
+                own = units.ranks == rank
+                if not units.finite.all():
+                    # Weight 0 is not enough: 0 * NaN = NaN. Train on the same shapes without what was in them.
+                    losses_BT, _ = forward(batch.blank(~units.finite[own]), first + m)
+                    _refuse_broken_weights(losses_BT, step)
+                weights_BT = batch.spread_over_tokens(decision.weights[own])
                 kept_tokens = float((decision.weights * units.tokens).sum())
                 ds_engine.backward(weighted_mean(losses_BT, weights_BT, kept_tokens, world))
                 gradient_norm = engine.take_step(ds_engine)
 
                 if recorder:
-                    where = {"step": step, "micro_step": micro_step, "position": progress.position}
+                    where = {"step": step, "micro_step": m, "position": starts[m]}
                     recorder.micro_batch(where, size * world, units, decision)
-                progress.position += size * world
-
-        progress.step = step
-        stop.agreed = units.stop
+                healthy &= bool(units.finite.all())
+                stop.agreed |= units.stop
+        progress.step, progress.position = step, starts[-1] + size * world
+        unhealthy = 0 if healthy and ds_engine.skipped_steps == skipped else unhealthy + 1
         if recorder:
             scalars = {
                 "train/lr": learning_rate,
@@ -112,18 +143,28 @@ def train(config: Config) -> None:
                 "train/skipped_steps": ds_engine.skipped_steps,
                 "train/memory_gb": engine.peak_memory() / 1e9,
             }
+            if config.influence.scope == "step":
+                scalars["influence/scope_disagreement"] = disagreements / len(units_of_step.scores)
             recorder.step(step, scalars, timed.read(), estimator.norms())
         if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
             _evaluate(ds_engine, config, progress, recorder)
-        if step % config.checkpoint.every_steps == 0 or step == config.max_steps or stop.agreed:
+        ending = step == config.max_steps or stop.agreed or unhealthy == config.policy.stop_after_non_finite
+        if step % config.checkpoint.every_steps == 0 or ending:
             _checkpoint(ds_engine, config, progress, estimator, recorder)
 
     if progress.step == config.max_steps:
         _finish(ds_engine, config, progress, recorder)
     elif recorder:
         recorder.close()
-        print(f"stopped by a signal after step {progress.step}; --resume auto goes on from there", flush=True)
     collectives.barrier()
+    if unhealthy == config.policy.stop_after_non_finite:
+        raise FloatingPointError(
+            f"stopped after step {progress.step}: in {unhealthy} steps in a row a loss, score or gradient was not "
+            "finite (policy.stop_after_non_finite); the ledger says which units. A checkpoint was written: lower the "
+            "learning rate or leave these documents out, and resume"
+        )
+    if stop.agreed and rank == 0:
+        print(f"stopped by a signal after step {progress.step}; --resume auto goes on from there", flush=True)
 
 
 class StopSignal:
@@ -151,16 +192,13 @@ def _seed_dropout(seed: int, micro_batch: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, micro_batch, rank]).generate_state(1)[0]))
 
 
-def _refuse_non_finite(units: UnitTable, step: int, scored: bool) -> None:
-    """Every rank holds the same table, so all raise or none does. One sample's infinite loss makes all scores so:
-    losses are named first."""
-    for what, values in {"loss": units.losses, **({"score": units.scores} if scored else {})}.items():
-        if bad := (~values.isfinite()).nonzero().flatten().tolist():
-            which = ", ".join(f"{u} (rank {units.ranks[u]})" for u in bad)
-            raise FloatingPointError(
-                f"step {step}: the {what} of unit {which} of the global micro-batch is not finite; nothing was "
-                "updated. The newest checkpoint is from before: lower the learning rate, look at the documents, resume"
-            )
+def _refuse_broken_weights(losses_BT: Tensor, step: int) -> None:
+    """Collective: all ranks raise or none does."""
+    if collectives.all_reduce_sum((~losses_BT.isfinite()).sum()) > 0:
+        raise FloatingPointError(
+            f"step {step}: the loss is not finite even without the samples in question, so the weights are broken; "
+            "nothing was updated. The newest checkpoint is from before: lower the learning rate and resume"
+        )
 
 
 def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None) -> None:
@@ -229,7 +267,8 @@ def _finish(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, reco
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(parse("pipeline.train", argv))
+    with collectives.exit_on_lost_contact("pipeline.train"):
+        train(parse("pipeline.train", argv))
     collectives.leave()
 
 

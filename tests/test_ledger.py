@@ -19,7 +19,7 @@ def rows(step, positions, kept=True, score=1.0):
             "document_ids": [[1, 2]] * count,
             "subset": [f"s{p % 2}" for p in positions],
             "tokens": 5,
-            "loss": 1.5,
+            "loss": [1.5] * count,
             "score": [score] * count,
             "kept": kept,
             "reason": "",

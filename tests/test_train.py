@@ -458,14 +458,100 @@ def test_no_row_is_lost_or_repeated_when_a_run_dies_while_it_publishes_a_checkpo
     assert ledger.read(tmp_path / "run").equals(ledger.read(tmp_path / "unbroken"))
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_with_one_message(ranks, corpus, tiny_model, tmp_path):
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("scope", ["micro_step", "step"])
+def test_a_sample_that_is_not_finite_counts_for_nothing_and_the_others_train_on(
+    ranks, corpus, tiny_model, tmp_path, stage, scope
+):
+    """One token's embedding is NaN: catches 0 * NaN in gradients, a NaN reference for all, and ranks that disagree."""
+    batch = Samples(load_split(corpus / "prepared", "train"), 3, "sequence").batch(0, 8, CPU)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    counts = [(int((batch.input_ids_BT == token).any(1).sum()), token) for token in range(1, 300)]
+    bad_token = min(counts, key=lambda pair: abs(pair[0] - 2))[1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad_token] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tmp_path / "broken",
+        deepspeed_json(tmp_path / "ds.json", stage, accumulation=2),
+        max_steps=1,
+        influence__include_self=False,
+        influence__precondition="adam_ema",
+        influence__scope=scope,
+        policy__action="observe",
+    )
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run").to_pandas()
+    bad = (batch.input_ids_BT == bad_token).any(1).numpy()
+    assert 0 < bad.sum() < 8
+    assert (rows["kept"].to_numpy() == ~bad).all()
+    assert (rows["reason"][bad] == "non_finite").all()
+    assert rows["loss"][bad].isna().all()
+    assert rows[["loss", "score"]][~bad].notna().all(axis=None)
+
+    parts = []
+    for part in (range(4), range(4, 8)):
+        kept = [row for row in part if not bad[row]]
+        if kept:
+            logits = model(input_ids=batch.input_ids_BT[kept]).logits.flatten(0, 1)
+            parts.append(torch.nn.functional.cross_entropy(logits, batch.labels_BT[kept].flatten()) / 2)
+    sum(parts).backward()
+    after = weights(tmp_path / "run" / "model")
+    for name, parameter in model.named_parameters():
+        expected = parameter - LEARNING_RATE * parameter.grad
+        torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def test_broken_weights_stop_all_ranks_with_one_message(ranks, corpus, tiny_model, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
     with torch.no_grad():
         model.model.norm.weight.fill_(torch.inf)
     model.save_pretrained(tmp_path / "broken")
     config = config_of(corpus, tmp_path / "run", tmp_path / "broken", deepspeed_json(tmp_path / "ds.json"), max_steps=1)
-    with pytest.raises(AssertionError, match=r"FloatingPointError: step 1: the loss of unit 0 \(rank 0\), 1"):
+    with pytest.raises(AssertionError, match=r"FloatingPointError: step 1: .* the weights are broken"):
         ranks(run, config)
+
+
+def test_too_many_unhealthy_steps_in_a_row_stop_the_run_with_a_checkpoint(ranks, corpus, tiny_model, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))
+    with torch.no_grad():
+        model.model.embed_tokens.weight[1:290] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    deepspeed = deepspeed_json(tmp_path / "ds.json")
+    options = {"max_steps": 9, "policy__stop_after_non_finite": 3}
+    config = config_of(corpus, tmp_path / "run", tmp_path / "broken", deepspeed, **options)
+    with pytest.raises(AssertionError, match="FloatingPointError: stopped after step 3: in 3 steps in a row"):
+        ranks(run, config)
+    assert Path(config.run_dir, "checkpoints", "latest").read_text() == "step-3"
+    assert set(ledger.read(tmp_path / "run")["reason"].to_pylist()) == {"non_finite"}
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_scope_step_scores_against_all_micro_batches_of_the_step(ranks, corpus, tiny_model, tmp_path, stage):
+    """Catches a reference of one micro-batch, and a training forward that scores again."""
+    model = tiny_model("llama")
+    deepspeed = deepspeed_json(tmp_path / "ds.json", stage, accumulation=2)
+    common = {"influence__include_self": False, "influence__scope": "step", "max_steps": 1}
+    exact = {"influence__sketch": "none", "policy__action": "observe"}
+    observed = config_of(corpus, tmp_path / "observed", model, deepspeed, **common, **exact)
+    ranks(run, observed)
+    rows = ledger.read(tmp_path / "observed")
+    assert rows["micro_step"].to_pylist() == [0] * 4 + [1] * 4
+    batch = Samples(load_split(corpus / "prepared", "train"), observed.seed, "sequence").batch(0, 8, CPU)
+    reference = AutoModelForCausalLM.from_pretrained(model)
+    expected = token_pair_scores(reference, batch.input_ids_BT, batch.labels_BT, False, include_self=False)
+    assert close_to_largest(rows["score"].to_pylist(), expected)
+
+    dropping = {"policy__rule": "rate", "policy__rate": 0.4}
+    config = config_of(corpus, tmp_path / "run", model, deepspeed, **common | {"max_steps": 2}, **dropping)
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run")
+    assert rows["kept"].to_pylist().count(False) >= 6
+    assert largest_difference(plain_training(config, rows, accumulation=2), weights(tmp_path / "run" / "model")) < 1e-5
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert [0 <= event.value <= 1 for event in events.Scalars("influence/scope_disagreement")] == [True, True]
 
 
 @pytest.mark.parametrize("estimator", ["random", "loss"])
