@@ -5,6 +5,7 @@ import math
 import os
 import socket
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ def join_process_group() -> torch.device:
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", port)
     deepspeed.init_distributed(verbose=False)
+    collectives.introduce()
     accelerator = get_accelerator()
     local_rank = int(os.environ["LOCAL_RANK"])
     if accelerator.device_name() == "cpu":
@@ -67,15 +69,28 @@ def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, 
     collectives.barrier()
 
 
-def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path) -> dict[str, Any]:
-    """Put the engine into the state saved in `checkpoint` and return what was saved with it. Collective.
+def identity(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What a checkpoint must have in common with the engine that loads it."""
+    parameters = engine.module.named_parameters()
+    return {
+        "ranks": collectives.world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "bf16": engine.bfloat16_enabled(),
+        "fp16": engine.fp16_enabled(),
+        "optimizer": engine.optimizer_name(),
+        "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters},
+    }
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Put the engine into the state saved in `checkpoint` and return `keys` of what was saved with it. Collective.
 
     DeepSpeed unpickles checkpoints in full: load only what you trust.
     """
     path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     if path is None:
         raise ValueError(f"resume: DeepSpeed could not load {checkpoint}; its messages above say why")
-    return state
+    return {key: state[key] for key in keys}
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,18 @@ def fingerprint(
             "sequence_length", "text_field", "subset_field", "max_sequences", "max_eval_sequences"
         )},
     }  # fmt: skip
+
+
+def startup_identity(config: Config) -> dict[str, str]:
+    """What all ranks must have in common when a run starts: config, DeepSpeed JSON, this package's code, versions."""
+    sources = sorted(Path(__file__).parent.glob("*.py"))
+    texts = {
+        "config": repr(config),
+        "deepspeed_config": Path(config.deepspeed_config).read_text(),
+        "code": "".join(path.read_text() for path in sources),
+    }
+    digests = {name: hashlib.blake2b(text.encode(), digest_size=8).hexdigest() for name, text in texts.items()}
+    return digests | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
 
 
 def _identity(source: str, known_files: dict[tuple[str, int, int], dict[str, Any]]) -> dict[str, Any]:

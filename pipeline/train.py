@@ -8,22 +8,20 @@ import json
 import math
 import shutil
 import signal
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline import collectives, engine, ledger
-from pipeline.checkpoint import find_checkpoint, publish
+from pipeline.checkpoint import Progress, find_checkpoint, publish, refuse_foreign
 from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
 from pipeline.data import Batch, Samples, UnitTable
 from pipeline.engine import DeepSpeedEngine
 from pipeline.estimator import Estimator
 from pipeline.evaluate import evaluate
-from pipeline.fingerprint import changes
+from pipeline.fingerprint import startup_identity
 from pipeline.loss import Visitor, token_losses, weighted_mean
 from pipeline.model import load_model
 from pipeline.observe import Recorder, print_summary
@@ -32,24 +30,13 @@ from pipeline.prepare import ensure_prepared, load_fingerprint, load_report, loa
 from pipeline.timing import Stopwatch
 
 
-@dataclass
-class Progress:
-    """What a checkpoint holds beside DeepSpeed's own: enough to go on as if nothing had happened."""
-
-    step: int
-    position: int
-    evaluations: dict[int, dict[str, Any]]
-    estimator: dict[str, Any]
-    world_size: int
-    fingerprint: dict[str, Any]
-
-
 def train(config: Config) -> None:
     """Run `config` from its start, or from its checkpoint, to `max_steps` or until a signal asks for a stop."""
     with exit_on_user_error("pipeline.train"):
         ensure_prepared(config)
         device = engine.join_process_group()
         rank, world = collectives.rank(), collectives.world_size()
+        collectives.agree(startup_identity(config))
         checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
         deepspeed_config = read_deepspeed_config(config)
         samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
@@ -57,9 +44,16 @@ def train(config: Config) -> None:
         timed = Stopwatch(device)
         estimator = Estimator(config.influence, model, config.seed, device, timed)
         ds_engine = engine.initialize(model, deepspeed_config)
-        progress = Progress(0, 0, {}, {}, world, load_fingerprint(config.data.prepared_dir))
+        identity = {
+            "seed": config.seed,
+            "unit": config.influence.unit,
+            "engine": engine.identity(ds_engine),
+            "dataset": load_fingerprint(config.data.prepared_dir),
+        }
+        progress = Progress(0, 0, {}, {})
         if checkpoint:
-            progress = _resume(ds_engine, checkpoint, progress)
+            refuse_foreign(checkpoint, identity)
+            progress = Progress(**engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
             estimator.load_state_dict(progress.estimator)
 
     size = ds_engine.train_micro_batch_size_per_gpu()
@@ -150,7 +144,14 @@ def train(config: Config) -> None:
             _evaluate(ds_engine, config, progress, recorder)
         ending = step == config.max_steps or stop.agreed or unhealthy == config.policy.stop_after_non_finite
         if step % config.checkpoint.every_steps == 0 or ending:
-            _checkpoint(ds_engine, config, progress, estimator, recorder)
+            progress.estimator = estimator.state_dict()
+            checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
+            engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
+            if recorder:
+                # Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the
+                # other way round it would lose them.
+                recorder.commit(step)
+                publish(checkpoint, identity, config.checkpoint.keep)
 
     if progress.step == config.max_steps:
         _finish(ds_engine, config, progress, recorder)
@@ -216,30 +217,6 @@ def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, re
     ds_engine.train()
     if recorder:
         recorder.evaluation(figures, progress.step)
-
-
-def _checkpoint(
-    ds_engine: DeepSpeedEngine, config: Config, progress: Progress, estimator: Estimator, recorder: Recorder | None
-) -> None:
-    """Everything that a resumed run needs. The ledger's rows are published first, `latest` last: between the two, a
-    kill leaves rows that a resume discards; the other way round it would lose rows. Collective."""
-    progress.estimator = estimator.state_dict()
-    checkpoint = Path(config.run_dir, "checkpoints", f"step-{progress.step}")
-    engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
-    if recorder:
-        recorder.commit(progress.step)
-        publish(checkpoint, config.checkpoint.keep)
-
-
-def _resume(ds_engine: DeepSpeedEngine, checkpoint: Path, fresh: Progress) -> Progress:
-    """The progress saved in `checkpoint`; refuses one of another dataset or world size."""
-    saved = engine.load_checkpoint(ds_engine, checkpoint)
-    progress = Progress(**{field.name: saved[field.name] for field in fields(Progress)})
-    if progress.world_size != fresh.world_size:
-        raise ValueError(f"resume: {checkpoint} was written by {progress.world_size} ranks, not {fresh.world_size}")
-    if differences := changes(progress.fingerprint, fresh.fingerprint):
-        raise ValueError(f"resume: {checkpoint} was trained on another dataset:\n{differences}")
-    return progress
 
 
 def _finish(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None) -> None:

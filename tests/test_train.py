@@ -1,5 +1,6 @@
 """The main job on two real gloo ranks, against one process that nothing has partitioned."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -316,23 +317,22 @@ def test_a_resumed_run_equals_an_unbroken_one_exactly(ranks, corpus, tiny_model,
         assert largest_difference(weights(run_dir / "model"), model) == 0
 
 
-def test_checkpoints_beyond_keep_are_removed_and_another_dataset_is_refused(ranks, corpus, tiny_model, tmp_path):
+def test_checkpoints_beyond_keep_are_removed_and_a_foreign_one_is_refused(ranks, corpus, tiny_model, tmp_path):
+    """Another dataset, another model, another ZeRO stage: refused by every rank with the keys that differ."""
     run_dir, deepspeed = tmp_path / "run", deepspeed_json(tmp_path / "ds.json")
     model = tiny_model("llama")
     ranks(run, config_of(corpus, run_dir, model, deepspeed, max_steps=3, checkpoint__every_steps=1))
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == ["step-2", "step-3"]
-    other = config_of(
-        corpus,
-        run_dir,
-        model,
-        deepspeed,
-        max_steps=4,
-        resume="auto",
-        data__sequence_length=8,
-        data__prepared_dir=tmp_path / "other",
-    )
-    with pytest.raises(AssertionError, match="SystemExit: 2"):
-        ranks(run, other)
+    foreign = {
+        "dataset.sequence_length: 16 -> 8": {"data__sequence_length": 8, "data__prepared_dir": tmp_path / "other"},
+        "engine.parameters.lm_head.weight.0: 300 -> 'absent'": {"model__name_or_path": tiny_model("llama_tied")},
+        "engine.zero_stage: 2 -> 3": {"deepspeed_config": deepspeed_json(tmp_path / "ds3.json", 3)},
+        "seed: 3 -> 4": {"seed": 4, "data__prepared_dir": tmp_path / "reseeded"},
+    }
+    for message, change in foreign.items():
+        with pytest.raises(AssertionError, match="SystemExit: 2") as refused:
+            ranks(run, config_of(corpus, run_dir, model, deepspeed, max_steps=4, resume="auto", **change))
+        assert message in str(refused.value)
 
 
 def test_a_new_run_moves_an_earlier_one_aside(ranks, corpus, tiny_model, tmp_path):
@@ -425,22 +425,23 @@ def test_a_gradient_that_is_not_finite_at_zero_0_ends_the_run_before_it_is_appli
 def run_that_dies_before_publishing(config: Config, at: str) -> None:
     """The main job, ended on all ranks after every part of checkpoint `at` was written and before it is the newest."""
 
-    def checkpoint(*args: Any) -> None:
-        original(*args)
-        if (Path(config.run_dir, "checkpoints") / at).exists():
+    def save_checkpoint(ds_engine: Any, checkpoint: Path, state: dict[str, Any]) -> None:
+        save(ds_engine, checkpoint, state)
+        if checkpoint.name == at and torch.distributed.get_rank() != 0:
             raise KeyboardInterrupt
 
-    def publish(checkpoint: Path, keep: int) -> None:
-        if checkpoint.name != at:
-            real_publish(checkpoint, keep)
+    def publish(checkpoint: Path, *args: Any) -> None:
+        if checkpoint.name == at:
+            raise KeyboardInterrupt
+        real_publish(checkpoint, *args)
 
-    original, real_publish = train_module._checkpoint, train_module.publish
-    train_module._checkpoint, train_module.publish = checkpoint, publish
+    save, real_publish = engine.save_checkpoint, train_module.publish
+    engine.save_checkpoint, train_module.publish = save_checkpoint, publish
     try:
         with pytest.raises(KeyboardInterrupt):
             run(config)
     finally:
-        train_module._checkpoint, train_module.publish = original, real_publish
+        engine.save_checkpoint, train_module.publish = save, real_publish
 
 
 def test_no_row_is_lost_or_repeated_when_a_run_dies_while_it_publishes_a_checkpoint(
@@ -573,3 +574,17 @@ def test_control_estimators(ranks, corpus, tiny_model, tmp_path, estimator):
     assert rows["score"].nunique() == 8
     for _, part in rows.groupby("step"):
         assert part[~part["kept"]]["score"].max() < part[part["kept"]]["score"].min()
+
+
+def run_with_own_seed(config: Config) -> None:
+    """The main job as started by hand with another seed on rank 1."""
+    run(replace(config, seed=config.seed + torch.distributed.get_rank()))
+
+
+def test_ranks_started_with_different_configs_are_refused_at_the_start(ranks, corpus, tiny_model, tmp_path):
+    """Catches ranks that draw different samples or decide differently and never notice."""
+    config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed_json(tmp_path / "ds.json"), max_steps=1)
+    ranks(run, replace(config, run_dir=str(tmp_path / "prepared first")))
+    with pytest.raises(AssertionError, match=r"ranks were started with different things:\n  config: .* on rank 1"):
+        ranks(run_with_own_seed, config)
+    assert not (tmp_path / "run").exists()
