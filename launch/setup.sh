@@ -27,3 +27,5 @@ fi
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt torch
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c launch/constraints.txt -e ".${1:-}"
 export PATH="$PWD/.venv/bin:$PATH"
+# What DeepSpeed builds belongs to this checkout: two of them would rebuild it under each other's feet.
+export TORCH_EXTENSIONS_DIR="$PWD/.venv/torch_extensions"

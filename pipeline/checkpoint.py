@@ -76,10 +76,19 @@ def damage_of(checkpoint: Path) -> str | None:
     return None
 
 
+def identity_of(checkpoint: Path) -> dict[str, Any]:
+    """The identity of the run that wrote `checkpoint`."""
+    return json.loads((checkpoint / MANIFEST).read_text())["identity"]
+
+
 def refuse_foreign(checkpoint: Path, identity: dict[str, Any]) -> None:
-    """Raises ValueError, naming each key that differs, where `checkpoint` was not written by a run like this one."""
-    saved = json.loads((checkpoint / MANIFEST).read_text())["identity"]
-    if differences := changes(saved, json.loads(json.dumps(identity))):
+    """Raises ValueError, naming each key that differs, where `checkpoint` was not written by a run like this one.
+
+    How it is partitioned (ranks, ZeRO stage) is not compared: `engine.config_to_load` judges that.
+    """
+    saved, here = identity_of(checkpoint), json.loads(json.dumps(identity))
+    saved["engine"] |= {key: here["engine"][key] for key in ("ranks", "zero_stage")}
+    if differences := changes(saved, here):
         raise ValueError(
             f"resume: {checkpoint} belongs to another run; it differs (there -> here) in\n{differences}\n"
             "Give it its own config and data back, or start anew from its weights: model.name_or_path = RUN_DIR/model"

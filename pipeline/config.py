@@ -150,6 +150,9 @@ class Config:
     resume: str = "none"
     """none: start anew (an earlier run in `run_dir` is moved aside); auto: go on from the newest checkpoint, if there
     is one; or a checkpoint directory."""
+    dry_run: bool = False
+    """Rehearse only: config, files, ranks, memory of a step at the real sizes, disk, a checkpoint written and read.
+    Nothing is trained or kept."""
     influence: InfluenceConfig = InfluenceConfig()
     """How units are scored."""
     policy: PolicyConfig = PolicyConfig()

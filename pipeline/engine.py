@@ -3,9 +3,14 @@
 import logging
 import math
 import os
+import shutil
 import socket
+import subprocess
+import sys
+import tempfile
 import warnings
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +47,44 @@ def join_process_group() -> torch.device:
             port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", port)
-    deepspeed.init_distributed(verbose=False)
-    collectives.introduce()
-    accelerator = get_accelerator()
-    local_rank = int(os.environ["LOCAL_RANK"])
-    if accelerator.device_name() == "cpu":
-        return torch.device("cpu")
-    accelerator.set_device(local_rank)
-    return torch.device(accelerator.device_name(local_rank))
+    # Under mpirun DeepSpeed would put its own default in the place of MASTER_PORT.
+    deepspeed.init_distributed(verbose=False, distributed_port=int(os.environ.get("MASTER_PORT", 29500)))
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    collectives.introduce()  # with the device set: NCCL's collectives happen there
+    return device()
+
+
+def device() -> torch.device:
+    """Of this rank."""
+    return torch.device(get_accelerator().current_device_name())
+
+
+def config_to_load(checkpoint: Path, saved: dict[str, Any], deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """`deepspeed_config` for an engine that is to load `checkpoint`, written by an engine of identity `saved`.
+
+    Other ranks, or ZeRO 1 for 2 and back, need DeepSpeed's universal form, which an engine must expect from the start.
+    Raises ValueError where there is none.
+    """
+    stage, ranks = deepspeed_config.get("zero_optimization", {}).get("stage", 0), collectives.world_size()
+    if (saved["zero_stage"], saved["ranks"]) == (stage, ranks):
+        return deepspeed_config
+    if not any({saved["zero_stage"], stage} <= stages for stages in ({0}, {1, 2}, {3})):
+        raise ValueError(
+            f"resume: {checkpoint} was written under ZeRO {saved['zero_stage']} and cannot go on under ZeRO {stage} "
+            f"(engine.zero_stage: {saved['zero_stage']} -> {stage}); only 1 and 2 can change places. Go back to it, or "
+            "start anew from its weights: model.name_or_path = RUN_DIR/model, written at the end of a run (which is "
+            f"here with --max_steps {checkpoint.name.removeprefix('step-')} and the old deepspeed_config)"
+        )
+    if stage == 0:  # every rank has all of it
+        return deepspeed_config
+    if saved["optimizer"] not in ("adam", "adamw"):
+        raise ValueError(
+            f"resume: {checkpoint} was written by {saved['ranks']} ranks under ZeRO {saved['zero_stage']}, this is "
+            f"{ranks} under ZeRO {stage}. DeepSpeed's universal checkpoint knows Adam and AdamW, not "
+            f"{saved['optimizer']}: go on with as many ranks under the same stage"
+        )
+    return deepspeed_config | {"checkpoint": deepspeed_config.get("checkpoint", {}) | {"load_universal": True}}
 
 
 def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
@@ -63,9 +98,17 @@ def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> Deep
 def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, Any]) -> None:
     """Write the directory `checkpoint` in DeepSpeed's own format, with `state` in it. Collective.
 
-    When it returns, all ranks have written their parts; making it the newest is `checkpoint.publish`.
+    When it returns, all ranks have written their parts; making it the newest is `checkpoint.publish`. Raises OSError
+    where this rank could not write its own.
     """
-    engine.save_checkpoint(str(checkpoint.parent), tag=checkpoint.name, client_state=state, save_latest=False)
+    try:
+        engine.save_checkpoint(str(checkpoint.parent), tag=checkpoint.name, client_state=state, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        free = shutil.disk_usage(checkpoint.parent).free / 1e6
+        raise OSError(
+            f"{checkpoint} could not be written ({error}); {free:.0f} MB are free there. The one before it is whole: "
+            "make room and go on with --resume auto"
+        ) from error
     collectives.barrier()
 
 
@@ -87,10 +130,58 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, keys: Iterable[st
 
     DeepSpeed unpickles checkpoints in full: load only what you trust.
     """
-    path, state = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    universal = engine.load_universal_checkpoint()
+    source = _universal_form(checkpoint) if universal else checkpoint
+    path, state = engine.load_checkpoint(str(source.parent), tag=source.name)
     if path is None:
         raise ValueError(f"resume: DeepSpeed could not load {checkpoint}; its messages above say why")
+    if universal:
+        # ZeRO-3 gives all its sub-groups one step counter, which torch's Adam would advance once for each of them.
+        for adam in engine.basic_optimizer.state.values():
+            if isinstance(adam.get("step"), Tensor):
+                adam["step"] = adam["step"].clone()
+        collectives.barrier()
+        if collectives.rank() == 0:
+            shutil.rmtree(source.parent)
     return {key: state[key] for key in keys}
+
+
+def _universal_form(checkpoint: Path) -> Path:
+    """A copy of `checkpoint` with every parameter and its moments whole, in a new directory inside of it. Collective.
+
+    Rank 0 makes it. The others hear from it every few seconds: in one long wait for it a collective would time out.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(_convert, checkpoint) if collectives.rank() == 0 else None
+        while not collectives.broadcast(bool(work and wait([work], timeout=5).done)):
+            pass
+    converted, trouble = collectives.broadcast(work and work.result())
+    if trouble:
+        raise ValueError(f"resume: {checkpoint} could not be converted for other ranks: {trouble}")
+    return converted
+
+
+def _convert(checkpoint: Path) -> tuple[Path | None, str]:
+    """The converted checkpoint, or what went wrong."""
+    print(f"resume: {checkpoint} was written by other ranks or under another ZeRO stage; converting a copy", flush=True)
+    try:
+        # A name of its own: several runs may go on from one checkpoint at the same time. What a killed one leaves there
+        # is removed with the checkpoint.
+        directory = Path(tempfile.mkdtemp(prefix="universal-", dir=checkpoint))
+        # Links, because DeepSpeed would look into all folders below; relative names, because it takes its output
+        # folder's for a regular expression.
+        (directory / "parts").mkdir()
+        for part in checkpoint.glob("*.pt"):
+            (directory / "parts" / part.name).symlink_to(Path("..", "..", part.name))
+        command = [sys.executable, "-P", "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+        folders = ["--input_folder", "parts", "--output_folder", "whole"]
+        done = subprocess.run([*command, *folders], cwd=directory, capture_output=True, text=True)
+    except OSError as error:
+        return None, str(error)
+    if done.returncode:
+        shutil.rmtree(directory, ignore_errors=True)
+        return None, "\n".join(done.stderr.splitlines()[-5:])
+    return directory / "whole", ""
 
 
 def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ def fingerprint(
     """
     data, seen = config.data, known or {}
     known_files = {
-        (file["name"], file["size"], file["modified"]): file
+        (file["name"], file["size"], file.get("modified")): file
         for file in [*seen.get("train_files", []), *(seen.get("eval_files") or [])]
         if "name" in file
     }

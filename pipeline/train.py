@@ -9,13 +9,14 @@ import math
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline import collectives, engine, ledger
-from pipeline.checkpoint import Progress, find_checkpoint, publish, refuse_foreign
+from pipeline.checkpoint import Progress, find_checkpoint, identity_of, publish, refuse_foreign
 from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
 from pipeline.data import Batch, Samples, UnitTable
 from pipeline.engine import DeepSpeedEngine
@@ -30,8 +31,12 @@ from pipeline.prepare import ensure_prepared, load_fingerprint, load_report, loa
 from pipeline.timing import Stopwatch
 
 
-def train(config: Config) -> None:
-    """Run `config` from its start, or from its checkpoint, to `max_steps` or until a signal asks for a stop."""
+def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
+    """Run `config` from its start, or from its checkpoint, to `max_steps` or until a signal asks for a stop.
+
+    `until` ends it earlier, as if it were done. Returns the summary of a run that is done, on rank 0. Collective.
+    """
+    end = until or config.max_steps
     with exit_on_user_error("pipeline.train"):
         ensure_prepared(config)
         device = engine.join_process_group()
@@ -39,6 +44,8 @@ def train(config: Config) -> None:
         collectives.agree(startup_identity(config))
         checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
         deepspeed_config = read_deepspeed_config(config)
+        if checkpoint:
+            deepspeed_config = engine.config_to_load(checkpoint, identity_of(checkpoint)["engine"], deepspeed_config)
         samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
         model = load_model(config.model, config.seed, deepspeed_config)
         timed = Stopwatch(device)
@@ -88,7 +95,7 @@ def train(config: Config) -> None:
             return units, decision
 
     stop, unhealthy = StopSignal(), 0
-    while progress.step < config.max_steps and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
+    while progress.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
         step, first, learning_rate = progress.step + 1, progress.step * accumulation, ds_engine.get_lr()[0]
         healthy, skipped, disagreements = True, ds_engine.skipped_steps, 0
         with timed("step"):
@@ -142,7 +149,7 @@ def train(config: Config) -> None:
             recorder.step(step, scalars, timed.read(), estimator.norms())
         if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
             _evaluate(ds_engine, config, progress, recorder)
-        ending = step == config.max_steps or stop.agreed or unhealthy == config.policy.stop_after_non_finite
+        ending = step == end or stop.agreed or unhealthy == config.policy.stop_after_non_finite
         if step % config.checkpoint.every_steps == 0 or ending:
             progress.estimator = estimator.state_dict()
             checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
@@ -153,8 +160,9 @@ def train(config: Config) -> None:
                 recorder.commit(step)
                 publish(checkpoint, identity, config.checkpoint.keep)
 
-    if progress.step == config.max_steps:
-        _finish(ds_engine, config, progress, recorder)
+    summary = None
+    if progress.step == end:
+        summary = _finish(ds_engine, config, progress, recorder)
     elif recorder:
         recorder.close()
     collectives.barrier()
@@ -166,6 +174,7 @@ def train(config: Config) -> None:
         )
     if stop.agreed and rank == 0:
         print(f"stopped by a signal after step {progress.step}; --resume auto goes on from there", flush=True)
+    return summary
 
 
 class StopSignal:
@@ -219,13 +228,15 @@ def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, re
         recorder.evaluation(figures, progress.step)
 
 
-def _finish(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None) -> None:
+def _finish(
+    ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None
+) -> dict[str, Any] | None:
     """Last held-out figures, the model as a Hugging Face directory, the summary. Collective."""
     if progress.step not in progress.evaluations:
         _evaluate(ds_engine, config, progress, recorder)
     weights = engine.full_state_dict(ds_engine)
     if recorder is None:
-        return
+        return None
     run_dir = Path(config.run_dir)
     ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
     shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
@@ -240,12 +251,19 @@ def _finish(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, reco
         "scoring_fraction": recorder.close(),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-    print_summary(summary)
+    return summary
 
 
 def main(argv: list[str] | None = None) -> None:
+    from pipeline.preflight import rehearse  # which rehearses `train`
+
+    config = parse("pipeline.train", argv)
     with collectives.exit_on_lost_contact("pipeline.train"):
-        train(parse("pipeline.train", argv))
+        if config.dry_run:
+            with exit_on_user_error("pipeline.train"):
+                rehearse(config)
+        elif summary := train(config):
+            print_summary(summary)
     collectives.leave()
 
 

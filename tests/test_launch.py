@@ -90,6 +90,15 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_a_dry_run_rehearses_everything_and_keeps_nothing(corpus, tiny_model, tmp_path):
+    config = job(corpus, tmp_path, tiny_model("llama"), "dry", max_steps=1000)
+    output = finish(deepspeed("pipeline.train", config, "--dry_run", "true"))
+    assert "dry run: nothing was trained" in output
+    assert re.search(r"checkpoint │ 0\.\d+ GB, written, checked and read", output), output
+    assert re.search(r"memory +│ \d+\.\d+ GB at most", output)
+    assert not list(tmp_path.glob("dry*/"))
+
+
 def test_help_explains_every_key_and_unknown_ones_are_refused_by_name(corpus, tiny_model, tmp_path):
     shown = command("pipeline.train", "--help")
     assert shown.returncode == 0

@@ -1,0 +1,201 @@
+"""Two proofs that anyone can repeat: nothing was lost or repeated, and nothing depends on where it was computed.
+
+python -m pipeline.verify ledger RUN_DIR...
+python -m pipeline.verify invariance --config FILE.yaml [--steps N] [--only TEXT] [--section.key value ...]
+
+`ledger` reads run directories; `invariance` runs the first steps of a config in many ways (see invariance.py).
+Exit codes: 0 proven; 1 refuted; 2 nothing to prove, with a message.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline import ledger
+from pipeline.config import exit_on_user_error, parse
+from pipeline.data import Samples
+from pipeline.invariance import first_few, invariance
+from pipeline.prepare import load_split
+
+_CHUNK = 512
+
+
+def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
+    """What is in the ledger of `run_dir`, in one line, and everything in it that cannot be: none where no sample was
+    lost or repeated.
+
+    Sound is: every position from 0 to the last scored once, in order (with `unit: document`, each document of it
+    once); the sample and documents at each position are those that the seed puts there, where the prepared dataset
+    still lies at `data.prepared_dir` (else no sample comes twice in an epoch); steps from 1, each of as many
+    micro-batches of as many sequences; parts named after their steps; kept exactly where the weight is positive; no
+    checkpoint of a later step (of an earlier one it may be: stopped between the two writes). Raises ValueError where
+    there is no run.
+    """
+    if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
+        raise ValueError(f"{run_dir} is no run directory: config.yaml or ledger/ is missing")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    prepared_dir = config["data"]["prepared_dir"]
+    rows, violations = _read_parts(run_dir / "ledger")
+    last, saved = 0 if rows.empty else rows["step"].max(), _newest_checkpoint(run_dir)
+    if saved > last:
+        violations.append(f"the newest checkpoint is of step {saved}, the ledger ends at step {last}")
+    if rows.empty:
+        return "no units yet", violations
+    checks = [_gaps_and_repeats(rows), _steps(rows), _kept_without_weight(rows)]
+    try:
+        samples = Samples(load_split(prepared_dir, "train"), config["seed"], config["influence"]["unit"])
+    except ValueError:
+        checks.append(_twice_in_an_epoch(rows))
+        how = f"order not recomputed: no prepared dataset at {prepared_dir}"
+    else:
+        checks.append(_out_of_order(rows, samples))
+        how = f"order recomputed from seed {config['seed']} and {prepared_dir}"
+    if saved < last:
+        how += f"; the newest checkpoint is of step {saved}: a resume scores later steps again, in place of these"
+    for check in checks:
+        violations += first_few(check)
+    steps, removed = rows["step"].nunique(), int((~rows["kept"]).sum())
+    found = f"{len(rows)} units at positions 0..{rows['position'].max()}, {steps} steps, {removed} removed"
+    return f"{found} ({how})", violations
+
+
+def _read_parts(directory: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of all parts, with the name of the `file` and `documents` that can be compared; and unsound parts."""
+    tables, violations = [ledger.SCHEMA.empty_table().to_pandas().assign(file="")], []
+    for part in sorted(directory.glob("steps-*.parquet")):
+        try:
+            rows = pq.read_table(part, schema=ledger.SCHEMA).to_pandas()
+        except (OSError, pa.ArrowException) as error:
+            violations.append(f"{part.name} cannot be read: {error}")
+            continue
+        first, last = rows["step"].min(), rows["step"].max()
+        if [int(number) for number in re.findall(r"\d+", part.stem)] != [first, last]:
+            violations.append(f"{part.name} holds steps {first} to {last}")
+        tables.append(rows.assign(file=part.name))
+    rows = pd.concat(tables[1:] or tables, ignore_index=True)
+    return rows.assign(documents=rows["document_ids"].map(tuple)), violations
+
+
+def _newest_checkpoint(run_dir: Path) -> int:
+    """Its step, 0 where there is none."""
+    latest = run_dir / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step-")) if latest.is_file() else 0
+
+
+def _at(rows: pd.DataFrame, index: int) -> str:
+    row = rows.loc[index]
+    return f"position {row.position} (step {row.step}, micro-step {row.micro_step}, {row.file})"
+
+
+def _gaps_and_repeats(rows: pd.DataFrame) -> Iterator[str]:
+    """A sequence scored as a whole has one list of documents, so a repeated position repeats its documents too."""
+    position = rows["position"].to_numpy()
+    for index in _where(rows.duplicated(["position", "documents"])):
+        yield f"{_at(rows, index)} was scored before: documents {list(rows['documents'][index])}"
+    for before, after in pairwise(np.unique(np.append(position, -1))):
+        if after != before + 1:
+            at = _at(rows, int(np.argmax(position == after)))
+            yield f"positions {before + 1}..{after - 1} are missing before {at}"
+    for index in _where(np.diff(position, prepend=0) < 0):
+        yield f"{_at(rows, index)} comes after position {position[index - 1]}"
+
+
+def _where(mask: Any) -> list[int]:
+    return np.flatnonzero(mask).tolist()
+
+
+def _steps(rows: pd.DataFrame) -> Iterator[str]:
+    for missing in sorted(set(range(1, rows["step"].max() + 1)) - set(rows["step"])):
+        yield f"step {missing} is missing"
+    for index in _where(np.diff(rows["step"] * len(rows) + rows["micro_step"], prepend=0) < 0):
+        yield f"{_at(rows, index)} comes after a later step"
+    sequences = rows.groupby(["step", "micro_step"])["position"].nunique()
+    usual = sequences.mode()[0]
+    for (step, micro_step), count in sequences[sequences != usual].items():
+        yield f"step {step}, micro-step {micro_step} has {count} sequences, others {usual}"
+    accumulation = rows.groupby("step")["micro_step"].nunique().mode()[0]
+    for step, micro_steps in rows.groupby("step")["micro_step"].unique().items():
+        if sorted(micro_steps) != list(range(accumulation)):
+            yield f"step {step} has micro-steps {sorted(map(int, micro_steps))}, not 0..{accumulation - 1} as others"
+
+
+def _kept_without_weight(rows: pd.DataFrame) -> Iterator[str]:
+    for index in _where(rows["kept"] != (rows["weight"] > 0)):
+        yield f"{_at(rows, index)} has kept {rows['kept'][index]} at weight {rows['weight'][index]}"
+
+
+def _twice_in_an_epoch(rows: pd.DataFrame) -> Iterator[str]:
+    """All that can be said of the order without the dataset."""
+    again = rows.drop_duplicates("position").duplicated(["epoch", "sample_id"])
+    for index in again[again].index:
+        yield f"{_at(rows, index)} has sample {rows['sample_id'][index]} again in epoch {rows['epoch'][index]}"
+    for index in _where(~np.isin(np.diff(rows["epoch"], prepend=0), (0, 1))):
+        yield f"{_at(rows, index)} jumps to epoch {rows['epoch'][index]}"
+
+
+def _out_of_order(rows: pd.DataFrame, samples: Samples) -> Iterator[str]:
+    """Where a unit is not what the seed puts there; also all over, if the dataset was prepared anew since the run."""
+    for chunk, part in rows.groupby(rows["position"] // _CHUNK):
+        start, stop = chunk * _CHUNK, int(part["position"].max()) + 1
+        scored = set(part["position"])
+        units = [unit for unit in samples.units(start, stop - start) if unit.position in scored]
+        columns = (part[name] for name in ("position", "epoch", "sample_id", "documents"))
+        found = set(zip(*columns, strict=True))
+        right = {(u.position, samples.epoch(u.position), u.sample_id, tuple(u.document_ids)) for u in units}
+        for verb, wrong in (("holds", found - right), ("should hold", right - found)):
+            for position, epoch, sample, documents in sorted(wrong):
+                at = _at(part, part.index[part["position"] == position][0])
+                yield f"{at} {verb} sample {sample} of epoch {epoch}, documents {list(map(int, documents))}"
+
+
+# The command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.verify")
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_ledger = commands.add_parser("ledger", help="prove that no sample was lost or repeated")
+    of_ledger.add_argument("run_dirs", nargs="+", metavar="RUN_DIR", help="run directory of a config")
+    of_invariance = commands.add_parser(
+        "invariance",
+        allow_abbrev=False,
+        usage="%(prog)s --config FILE.yaml [--steps N] [--only TEXT] [--timeout S] [--section.key value ...]",
+        help="prove that scores and decisions do not depend on ranks, ZeRO stage or launcher",
+        epilog="All other options are those of `python -m pipeline.train --help`.",
+    )
+    of_invariance.add_argument("--steps", type=int, default=3, help="optimizer steps to compare (default: 3)")
+    of_invariance.add_argument("--only", default="", help="only the configurations whose name contains this text")
+    of_invariance.add_argument("--timeout", type=float, default=1800, help="seconds for one run (default: 1800)")
+    arguments, options = parser.parse_known_args(argv)
+    if arguments.command == "ledger" and options:
+        parser.error(f"unknown options: {' '.join(options)}")
+    with exit_on_user_error("pipeline.verify"):
+        if arguments.command == "ledger":
+            sound = _print_ledgers(arguments.run_dirs)
+        else:
+            config = parse("pipeline.verify invariance", options)
+            sound = invariance(config, arguments.steps, arguments.only, arguments.timeout)
+    sys.exit(0 if sound else 1)
+
+
+def _print_ledgers(run_dirs: Sequence[str]) -> bool:
+    sound = True
+    for run_dir in run_dirs:
+        summary, violations = check_ledger(Path(run_dir))
+        print(f"{run_dir}: {'VIOLATED' if violations else 'OK'}: {summary}", *violations, sep="\n    ")
+        sound = sound and not violations
+    return sound
+
+
+if __name__ == "__main__":
+    main()
