@@ -1,5 +1,6 @@
 """Which checkpoints a run has, whether they are whole and this run's. What is inside them is DeepSpeed's."""
 
+import itertools
 import json
 import os
 import shutil
@@ -108,6 +109,14 @@ def publish(checkpoint: Path, identity: dict[str, Any], keep: int) -> None:
     kept = [path for path in saved if _step(path) <= _step(checkpoint)][-keep:]
     for old in set(saved) - set(kept):
         shutil.rmtree(old)
+
+
+def move_aside(run_dir: Path) -> None:
+    """Make room for a new run: nothing of an earlier one is deleted, or mixed into it."""
+    if any(run_dir.glob("*")):
+        number = next(n for n in itertools.count(1) if not Path(f"{run_dir}.{n}").exists())
+        run_dir.rename(f"{run_dir}.{number}")
+        print(f"{run_dir} held an earlier run, moved to {run_dir}.{number} (--resume auto goes on)", flush=True)
 
 
 def _write(path: Path, text: str) -> None:

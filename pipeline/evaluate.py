@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from pipeline import collectives, engine
 from pipeline.checkpoint import find_checkpoint
-from pipeline.config import exit_on_user_error, parse, read_deepspeed_config
+from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
 from pipeline.data import PADDING
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
@@ -77,6 +77,22 @@ def evaluate(
             for name, (loss, tokens) in zip(names, totals_S2.tolist(), strict=True)
         },
     }
+
+
+def evaluate_engine(ds_engine: engine.DeepSpeedEngine, config: Config) -> dict[str, Any] | None:
+    """Held-out figures of the model in training, at any ZeRO stage; None where nothing is held out. Collective."""
+    if config.data.eval_files is None:
+        return None
+    ds_engine.eval()
+    figures = evaluate(
+        lambda ids_BT: ds_engine(input_ids=ids_BT, use_cache=False).logits,
+        load_split(config.data.prepared_dir, "eval"),
+        load_report(config.data.prepared_dir)["eval"]["subsets"],
+        ds_engine.train_micro_batch_size_per_gpu(),
+        ds_engine.device,
+    )
+    ds_engine.train()
+    return figures
 
 
 def _figures(loss: float, tokens: float, sizes: list[dict[str, int]]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import gc
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +15,11 @@ from pipeline import collectives, engine
 from pipeline.checkpoint import find_checkpoint
 from pipeline.config import Config
 from pipeline.prepare import load_report
-from pipeline.train import train
 
 
-def rehearse(config: Config) -> None:
-    """Two steps at the real sizes on the real data in a directory beside `run_dir`, with a checkpoint written after the
-    first and read for the second; evaluation and export included. Prints what was found and removes the directory.
+def rehearse(config: Config, train: Callable[..., object]) -> None:
+    """Two steps of `train` at the real sizes on the real data, in a directory beside `run_dir`, with a checkpoint
+    written after the first and read for the second; evaluation and export included. Prints what was found, removes it.
 
     Goes through config, files, dataset, hosts, agreement of the ranks, memory, disk; each fails with its own message.
     Raises ValueError where the disk has no room for the checkpoints of the run. Collective.

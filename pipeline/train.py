@@ -3,10 +3,7 @@
 deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstart.yaml [--influence.estimator lli ...]
 """
 
-import itertools
-import json
 import math
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -15,19 +12,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import collectives, engine, ledger
-from pipeline.checkpoint import Progress, find_checkpoint, identity_of, publish, refuse_foreign
+from pipeline import collectives, engine
+from pipeline.checkpoint import Progress, find_checkpoint, identity_of, move_aside, publish, refuse_foreign
 from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
 from pipeline.data import Batch, Samples, UnitTable
-from pipeline.engine import DeepSpeedEngine
 from pipeline.estimator import Estimator
-from pipeline.evaluate import evaluate
+from pipeline.evaluate import evaluate_engine
+from pipeline.export import finish
 from pipeline.fingerprint import startup_identity
 from pipeline.loss import Visitor, token_losses, weighted_mean
 from pipeline.model import load_model
 from pipeline.observe import Recorder, print_summary
 from pipeline.policy import Decision, decide
-from pipeline.prepare import ensure_prepared, load_fingerprint, load_report, load_split
+from pipeline.preflight import rehearse
+from pipeline.prepare import ensure_prepared, load_fingerprint, load_split
 from pipeline.timing import Stopwatch
 
 
@@ -68,10 +66,15 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     recorder = None
     if rank == 0:
         if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
-            _move_aside(Path(config.run_dir))
+            move_aside(Path(config.run_dir))
         recorder = Recorder(config, samples, progress.step)
-    if not checkpoint:
-        _evaluate(ds_engine, config, progress, recorder)
+
+    def hold_out() -> None:
+        """Held-out figures of the model as it is, kept for the end and shown in TensorBoard."""
+        if figures := evaluate_engine(ds_engine, config):
+            progress.evaluations[progress.step] = figures
+            if recorder:
+                recorder.evaluation(figures, progress.step)
 
     def forward(batch: Batch, micro_batch: int, visit: Visitor | None = None) -> tuple[Tensor, Tensor | None]:
         """Loss of every position, and what `visit` keeps of the gradient at the logits."""
@@ -94,6 +97,8 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
             decision = decide(units.scores, units.tokens, units.finite, config.policy, step, config.seed, group)
             return units, decision
 
+    if not checkpoint:
+        hold_out()
     stop, unhealthy = StopSignal(), 0
     while progress.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
         step, first, learning_rate = progress.step + 1, progress.step * accumulation, ds_engine.get_lr()[0]
@@ -148,7 +153,7 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
                 scalars["influence/scope_disagreement"] = disagreements / len(units_of_step.scores)
             recorder.step(step, scalars, timed.read(), estimator.norms())
         if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
-            _evaluate(ds_engine, config, progress, recorder)
+            hold_out()
         ending = step == end or stop.agreed or unhealthy == config.policy.stop_after_non_finite
         if step % config.checkpoint.every_steps == 0 or ending:
             progress.estimator = estimator.state_dict()
@@ -162,7 +167,9 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
 
     summary = None
     if progress.step == end:
-        summary = _finish(ds_engine, config, progress, recorder)
+        if progress.step not in progress.evaluations:
+            hold_out()
+        summary = finish(ds_engine, config, progress, recorder)
     elif recorder:
         recorder.close()
     collectives.barrier()
@@ -189,14 +196,6 @@ class StopSignal:
         self.requested = True
 
 
-def _move_aside(run_dir: Path) -> None:
-    """Nothing of an earlier run is deleted or mixed into the new one."""
-    if any(run_dir.glob("*")):
-        number = next(n for n in itertools.count(1) if not Path(f"{run_dir}.{n}").exists())
-        run_dir.rename(f"{run_dir}.{number}")
-        print(f"{run_dir} held an earlier run, moved to {run_dir}.{number} (--resume auto goes on)", flush=True)
-
-
 def _seed_dropout(seed: int, micro_batch: int, rank: int) -> None:
     """Draws are a function of where the run is, so a resumed run draws as an unbroken one."""
     torch.manual_seed(int(np.random.SeedSequence([seed, micro_batch, rank]).generate_state(1)[0]))
@@ -211,57 +210,12 @@ def _refuse_broken_weights(losses_BT: Tensor, step: int) -> None:
         )
 
 
-def _evaluate(ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None) -> None:
-    """Held-out figures of the model as it is, into `progress` and TensorBoard. Collective."""
-    if config.data.eval_files is None:
-        return
-    ds_engine.eval()
-    progress.evaluations[progress.step] = figures = evaluate(
-        lambda ids_BT: ds_engine(input_ids=ids_BT, use_cache=False).logits,
-        load_split(config.data.prepared_dir, "eval"),
-        load_report(config.data.prepared_dir)["eval"]["subsets"],
-        ds_engine.train_micro_batch_size_per_gpu(),
-        ds_engine.device,
-    )
-    ds_engine.train()
-    if recorder:
-        recorder.evaluation(figures, progress.step)
-
-
-def _finish(
-    ds_engine: DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None
-) -> dict[str, Any] | None:
-    """Last held-out figures, the model as a Hugging Face directory, the summary. Collective."""
-    if progress.step not in progress.evaluations:
-        _evaluate(ds_engine, config, progress, recorder)
-    weights = engine.full_state_dict(ds_engine)
-    if recorder is None:
-        return None
-    run_dir = Path(config.run_dir)
-    ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
-    shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
-    evaluations = [progress.evaluations.get(step) for step in (0, progress.step)]
-    summary = {
-        "run_dir": config.run_dir,
-        "steps": progress.step,
-        "sequences": progress.position,
-        "evaluation_before": evaluations[0],
-        "evaluation_after": evaluations[1],
-        "units_by_subset": ledger.counts_by_subset(ledger.read(run_dir)),
-        "scoring_fraction": recorder.close(),
-    }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
-    return summary
-
-
 def main(argv: list[str] | None = None) -> None:
-    from pipeline.preflight import rehearse  # which rehearses `train`
-
     config = parse("pipeline.train", argv)
     with collectives.exit_on_lost_contact("pipeline.train"):
         if config.dry_run:
             with exit_on_user_error("pipeline.train"):
-                rehearse(config)
+                rehearse(config, train)
         elif summary := train(config):
             print_summary(summary)
     collectives.leave()

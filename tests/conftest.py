@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ranks and launchers must find the same ninja, or each rebuilds the op of the other.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests.distributed import Ranks
