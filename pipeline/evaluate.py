@@ -36,7 +36,8 @@ def evaluate(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Loss over all `rows`, shared among the ranks: {"all": figures, "subsets": {subset: figures}}.
+    """Loss over all `rows`, shared among the ranks: {"all": figures, "subsets": {subset: figures}}, of the subsets that
+    have tokens in them.
 
     `logits_of` maps input_ids_BT to logits_BTV. A token's loss counts for its own document's subset. Figures: `loss`
     in nats per token, `perplexity` = exp(loss), `bits_per_byte` = loss / ln 2 * tokens / bytes (The Pile,
@@ -75,6 +76,7 @@ def evaluate(
         "subsets": {
             name: _figures(loss, tokens, [sizes[name]])
             for name, (loss, tokens) in zip(names, totals_S2.tolist(), strict=True)
+            if tokens
         },
     }
 
@@ -96,8 +98,6 @@ def evaluate_engine(ds_engine: engine.DeepSpeedEngine, config: Config) -> dict[s
 
 
 def _figures(loss: float, tokens: float, sizes: list[dict[str, int]]) -> dict[str, float]:
-    if tokens == 0:
-        return {"loss": math.nan, "perplexity": math.nan, "bits_per_byte": math.nan, "tokens": 0}
     mean = loss / tokens
     tokens_per_byte = sum(size["tokens"] for size in sizes) / sum(size["bytes"] for size in sizes)
     return {

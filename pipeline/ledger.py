@@ -62,11 +62,20 @@ class Ledger:
             self._write()
 
     def commit(self, step: int) -> None:
-        """Publish all rows up to and including `step`, the step of the checkpoint just written."""
-        self._write()
-        if self._writer is None:
-            return
-        self._writer.close()
+        """Publish all rows up to and including `step`, the step of the checkpoint just written.
+
+        Raises OSError where there is no room: the checkpoint must then not become the newest.
+        """
+        try:
+            self._write()
+            if self._writer is None:
+                return
+            self._writer.close()
+        except OSError as error:
+            raise OSError(
+                f"{self._directory} could not be written ({error}); the newest checkpoint and its rows are from "
+                "before: make room and go on with --resume auto"
+            ) from error
         self._writer = None
         self._partial.rename(self._part(self._next_step, step))
         self._next_step = step + 1

@@ -123,11 +123,11 @@ class Recorder:
         self._ledger.commit(step)
         self._board.flush()
 
-    def close(self) -> float:
-        """Close all files; returns the fraction of the time of its steps that this process spent on scoring."""
+    def close(self) -> float | None:
+        """Close all files; returns the fraction of the time of its steps that this process spent on scoring, if any."""
         self._bar.close()
         self._board.close()
-        return _scoring(self._seconds) / self._seconds["step"] if self._seconds else math.nan
+        return _scoring(self._seconds) / self._seconds["step"] if self._seconds else None
 
     def _text_of(self, row: dict[str, Any]) -> str:
         return str(self._tokenizer.decode(self._samples.tokens_of(row["sample_id"], row["document_ids"])))
@@ -246,7 +246,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        f"scoring took {100 * summary['scoring_fraction']:.1f} % of the time of a step\n"
+        f"scoring took {_percent(summary['scoring_fraction'] or 0, 1)} % of the time of a step\n"
         f"ledger:      {summary['run_dir']}/ledger/*.parquet (one row per scored unit)\n"
         f"model:       {summary['run_dir']}/model (Hugging Face format)\n"
         f"TensorBoard: tensorboard --logdir {summary['run_dir']}/tensorboard",
@@ -260,5 +260,5 @@ def _bits(before: dict[str, Any] | None, after: dict[str, Any] | None, subset: s
     return [f"{e['bits_per_byte']:.3f}" if e else "-" for e in found]
 
 
-def _percent(part: int, whole: int) -> str:
+def _percent(part: float, whole: float) -> str:
     return f"{100 * part / whole:.1f}" if whole else "-"

@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -74,26 +76,53 @@ def test_sigterm_to_launch_py_becomes_a_checkpoint(corpus, tiny_model, tmp_path)
     verify_ledger(config.run_dir)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB; needs root."""
+@contextmanager
+def small_disk(directory: Path, size: str) -> Iterator[None]:
+    """A file system of `size` at `directory` for a while; needs root."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
-    directory = tmp_path / "small_disk"
-    directory.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(directory)], capture_output=True)
+    directory.mkdir(exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", directory], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a tmpfs: {mounted.stderr.decode().strip()}")
-    yield directory
-    subprocess.run(["umount", "-l", str(directory)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", directory], check=True)
 
 
 @pytest.mark.faults
-def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(corpus, tiny_model, tmp_path, small_disk):
+def test_a_full_disk_under_the_ledger_ends_the_run_and_no_row_is_lost(corpus, tiny_model, tmp_path):
+    options = {"max_steps": 40, "checkpoint__every_steps": 4}
+    unbroken = job(corpus, tmp_path, tiny_model("llama"), "unbroken", **options)
+    finish(deepspeed("pipeline.train", unbroken))
+    config = job(corpus, tmp_path, tiny_model("llama"), "run", **options)
+    process = deepspeed("pipeline.train", config)
+    wait_for_step(config, process, 4)
+    os.kill(rank_processes(config.run_dir)[0], signal.SIGTERM)
+    finish(process)
+    directory, newest = Path(config.run_dir, "ledger"), Path(config.run_dir, "checkpoints", "latest").read_text()
+    with small_disk(directory, "4k"):
+        output, _ = (process := deepspeed("pipeline.train", config, "--resume", "auto")).communicate(timeout=120)
+        assert process.returncode != 0
+        assert re.search(r"ledger could not be written .* make room", output), output[-3000:]
+        assert Path(config.run_dir, "checkpoints", "latest").read_text() == newest
+    finish(deepspeed("pipeline.train", config, "--resume", "auto"))
+    assert ledger.read(Path(config.run_dir)).equals(ledger.read(Path(unbroken.run_dir)))
+    verify_ledger(config.run_dir)
+
+
+@pytest.mark.faults
+def test_a_full_disk_ends_the_run_and_the_checkpoint_before_is_whole(corpus, tiny_model, tmp_path):
+    with small_disk(tmp_path / "small", "3m"):
+        fill_up_and_go_on(corpus, tiny_model, tmp_path, tmp_path / "small")
+
+
+def fill_up_and_go_on(corpus, tiny_model, tmp_path, directory):
     deepspeed_config = deepspeed_json(tmp_path / "ds.json", 3, optimizer=ADAM)
     config = config_of(
         corpus,
-        small_disk / "run",
+        directory / "run",
         tiny_model("llama"),
         deepspeed_config,
         max_steps=400,

@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from pipeline import engine, ledger
+from pipeline import estimator as estimator_module
 from pipeline import train as train_module
 from pipeline.config import Config, read_deepspeed_config
 from pipeline.data import Samples
@@ -503,6 +504,44 @@ def test_a_sample_that_is_not_finite_counts_for_nothing_and_the_others_train_on(
     for name, parameter in model.named_parameters():
         expected = parameter - LEARNING_RATE * parameter.grad
         torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-5, equal_nan=True)
+
+
+def run_with_an_infinite_score(config: Config) -> None:
+    """The main job, in which the first unit of rank 1 has an infinite score and a finite loss, once."""
+    calls = 0
+
+    def unit_moments(*args: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        moments = original(*args)
+        if calls == 1 and torch.distributed.get_rank() == 1:
+            moments[0, 0, 0] = torch.inf
+        return moments
+
+    original = estimator_module.unit_moments
+    estimator_module.unit_moments = unit_moments
+    try:
+        run(config)
+    finally:
+        estimator_module.unit_moments = original
+
+
+def test_one_infinite_score_is_left_out_and_spoils_no_other(ranks, corpus, tiny_model, tmp_path):
+    """Catches an infinite moment in everybody's reference."""
+    options = {"max_steps": 2, "policy__action": "observe"}
+    deepspeed = deepspeed_json(tmp_path / "ds.json")
+    ranks(run, config_of(corpus, tmp_path / "sound", tiny_model("llama"), deepspeed, **options))
+    config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed, **options)
+    ranks(run_with_an_infinite_score, config)
+    rows, sound = (ledger.read(tmp_path / name).to_pylist() for name in ("run", "sound"))
+    assert [row["reason"] for row in rows[:4]] == ["", "", "non_finite", ""]
+    assert [row["kept"] for row in rows] == [True, True, False, True, True, True, True, True]
+    assert all(row["score"] is not None for index, row in enumerate(rows) if index != 2)
+    assert rows[0]["score"] != sound[0]["score"]
+    assert (
+        largest_difference(plain_training(config, ledger.read(tmp_path / "run"), 1), weights(tmp_path / "run/model"))
+        < 1e-5
+    )
 
 
 def test_broken_weights_stop_all_ranks_with_one_message(ranks, corpus, tiny_model, tmp_path):
