@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline import ledger
 from pipeline.config import Config, to_dict, to_yaml
 from tests.launcher import ROOT, deepspeed, environment, rank_processes
@@ -90,6 +92,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.faults
 def test_a_dry_run_rehearses_everything_and_keeps_nothing(corpus, tiny_model, tmp_path):
     config = job(corpus, tmp_path, tiny_model("llama"), "dry", max_steps=1000)
     output = finish(deepspeed("pipeline.train", config, "--dry_run", "true"))
@@ -112,6 +115,7 @@ def test_help_explains_every_key_and_unknown_ones_are_refused_by_name(corpus, ti
     assert "--polcy.rate" in refused.stderr
 
 
+@pytest.mark.faults
 def test_one_process_without_a_launcher_is_a_world_of_one(corpus, tiny_model, tmp_path):
     config = job(corpus, tmp_path, tiny_model("llama"), "alone", max_steps=2)
     file = tmp_path / "alone.yaml"
