@@ -66,3 +66,8 @@ def test_many_changes_are_counted_after_the_first_twenty():
     lines = changes({"files": list(range(30))}, {"files": list(range(1, 31))}).split("\n")
     assert lines[0] == "  files.0: 0 -> 1"
     assert (len(lines), lines[-1]) == (21, "  ... and 10 more")
+
+
+def test_a_fingerprint_survives_json(config):
+    made = fingerprint(remade(config, train_files="builtin", eval_files="builtin"), None)
+    assert changes(json.loads(json.dumps(made)), made) == ""
