@@ -27,7 +27,7 @@ _TEXT_CHARACTERS = 1500
 _LAYOUT = {
     "Removed": {
         "units in total": ["Multiline", ["influence/removed_total"]],
-        "fraction of each step": ["Multiline", ["influence/removed_fraction"]],
+        "fraction of each step": ["Multiline", ["influence/removed_fraction$"]],
         "units by subset": ["Multiline", ["influence/removed_by_subset/.*"]],
         "fraction by subset": ["Multiline", ["removed_fraction_by_subset/.*"]],
     },
