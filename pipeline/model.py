@@ -1,13 +1,15 @@
 """The causal LM from transformers, with or without ZeRO-3; its linear layers and its head."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.initialization import no_init_weights
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.config import ModelConfig
@@ -25,8 +27,7 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     torch.manual_seed(seed)
     try:
         if config.name_or_path.endswith(".json"):
-            settings = json.loads(Path(config.name_or_path).read_text())
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+            model = _from_scratch(json.loads(Path(config.name_or_path).read_text()), zero3=is_deepspeed_zero3_enabled())
         else:
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:
@@ -38,6 +39,20 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def _from_scratch(settings: dict[str, Any], zero3: bool) -> PreTrainedModel:
+    """Random weights that are a function of the seed, not of the ZeRO stage.
+
+    Under ZeRO-3 transformers initialises every module once, when all are there; elsewhere torch has drawn weights for
+    each as it was made, before. Those draws are left out, so both begin at the same one.
+    """
+    with nullcontext() if zero3 else no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    if not zero3:
+        model.initialize_weights()
+        model.tie_weights()
+    return model
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
