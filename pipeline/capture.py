@@ -32,6 +32,8 @@ class LayerInputs:
     ) -> None:
         self._layers, self._width, self._seed, self._timed = layers, width, seed, timed
         self._sketches: dict[str, CountSketch] = {}
+        self.scales: dict[str, Tensor] = {}
+        """What multiplies a layer's input, (D,), by its name; 1 where there is none."""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "LayerInputs":
@@ -66,7 +68,8 @@ class LayerInputs:
     @torch.no_grad()
     def _read(self, name: str, input_BTD: Tensor) -> None:
         with self._timed():
-            if input_BTD is not self._shared:
+            # Layers with scales of their own share nothing.
+            if input_BTD is not self._shared or name in self.scales:
                 self._flush()
                 self._shared = input_BTD
                 self._pending_NK = self._sketch(name, input_BTD.detach().flatten(0, -2))
@@ -86,6 +89,8 @@ class LayerInputs:
         self._readers = []
 
     def _sketch(self, name: str, input_ND: Tensor) -> Tensor:
+        if name in self.scales:
+            input_ND = input_ND * self.scales[name]
         if self._width is None:
             return input_ND if input_ND.dtype == torch.float64 else input_ND.float()
         if name not in self._sketches:

@@ -42,6 +42,9 @@ class DataConfig:
     carries."""
     eval_files: str | list[str] | None = None
     """Held-out documents, in the same forms; `builtin` holds out a twentieth of its documents. Default: none."""
+    reference_files: str | list[str] | None = None
+    """Documents whose loss counts with `influence.reference: validation`, in the same forms. Others than `eval_files`,
+    or these no longer tell what was gained. Default: none."""
     sequence_length: int = 1024
     """Tokens per packed sequence."""
     text_field: str = "text"
@@ -51,7 +54,7 @@ class DataConfig:
     max_sequences: int | None = None
     """Stop preparing after this many training sequences (a hub corpus is streamed only so far). Default: all."""
     max_eval_sequences: int | None = None
-    """The same for the held-out sequences. Default: all."""
+    """The same for the held-out sequences, and for those of `reference_files`. Default: all."""
     max_bad_fraction: float = 0.001
     """Refuse the files when a larger fraction of their records is malformed, undecodable, empty or without text.
     Fewer are left out, counted, and reported with file and line."""
@@ -63,16 +66,27 @@ class SketchConfig:
     """K, numbers that every token's layer inputs are hashed to."""
     gradients: int = 2048
     """G, numbers that every token's logit gradient is hashed to."""
+    layers: int = 128
+    """ghost: numbers that every token's layer inputs, and output gradients but the logits', are hashed to; its moments
+    have layers x G numbers."""
 
 
 @dataclass(frozen=True)
 class InfluenceConfig:
     estimator: Literal["none", "random", "loss", "lli", "lai", "residual", "ghost", "ip"] = "lai"
     """How a unit is scored; positive helps. lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv
-    2510.16007); lli: the LM head's input only; loss: minus the mean loss; random: a seeded random number; none:
-    nothing is scored and the policy does nothing."""
+    2510.16007); lli: the LM head's input only; ghost: the inner product of true gradients (Eq. 3), out of the training
+    backward, what is dropped being taken out again by a pass over it alone; loss: minus the mean loss; random: a seeded
+    random number; none: nothing is scored and the policy does nothing."""
     reference: Literal["batch", "running", "validation"] = "batch"
-    """Whose loss counts. batch: the global micro-batch itself (self-influence)."""
+    """Whose loss counts. batch: the global micro-batch itself (self-influence); running: an exponential mean over the
+    micro-batches so far and this one; validation: `data.reference_files`."""
+    running_decay: float = 0.9
+    """running: weight of what was before, per micro-batch."""
+    validation_sequences: int = 16
+    """validation: size of the random subset that stands for the set, drawn anew at every refresh."""
+    validation_every_steps: int = 1
+    """validation: optimizer steps between refreshes, one more forward of the subset each (ghost: and backward)."""
     include_self: bool = True
     """Whether a unit's own term, always positive, is part of its score (the paper: yes)."""
     unit: Literal["sequence", "document"] = "sequence"
@@ -80,7 +94,11 @@ class InfluenceConfig:
     sketch: Literal["none"] | SketchConfig = SketchConfig()
     """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
     precondition: Literal["none", "adam_ema", "adam_state"] = "none"
-    """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E)."""
+    """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E). adam_state:
+    scale inputs and gradients by the column and row means of Adam's own second moments, to its power on each side."""
+    adam_every_steps: int = 10
+    """adam_state: optimizer steps between readings of the second moments; before the first step there are none, and
+    nothing is scaled."""
     adam_power: float = 0.5
     """Power of D on each side: 0.5 as in the paper, 0.25 for the geometry of Adam's own step."""
     adam_decay: float = 0.95
@@ -167,9 +185,7 @@ class Config:
 
 
 _NOT_BUILT = {
-    "influence.estimator": ("residual", "ghost", "ip"),
-    "influence.reference": ("running", "validation"),
-    "influence.precondition": ("adam_state",),
+    "influence.estimator": ("residual", "ip"),
     "influence.passes": ("score_first",),
 }
 
@@ -192,11 +208,15 @@ def _check(config: Config) -> None:
         "observe.every_steps": config.observe.every_steps,
         "policy.stop_after_non_finite": policy.stop_after_non_finite,
         "observe.eval_every_steps": config.observe.eval_every_steps,
+        "influence.validation_sequences": influence.validation_sequences,
+        "influence.validation_every_steps": influence.validation_every_steps,
+        "influence.adam_every_steps": influence.adam_every_steps,
     }
     if isinstance(influence.sketch, SketchConfig):
         at_least_one |= {
             "influence.sketch.inputs": influence.sketch.inputs,
             "influence.sketch.gradients": influence.sketch.gradients,
+            "influence.sketch.layers": influence.sketch.layers,
         }
     for key, number in at_least_one.items():
         if number is not None and number < 1:
@@ -210,13 +230,13 @@ def _check(config: Config) -> None:
     }.items():
         if not 0 <= fraction <= 1:
             raise ValueError(f"{key} is a fraction from 0 to 1, not {fraction}")
-    if not 0 <= influence.adam_decay < 1:
-        raise ValueError(f"influence.adam_decay must lie in [0, 1), not {influence.adam_decay}")
-    if influence.precondition != "none" and influence.estimator not in ("lai", "lli"):
-        raise ValueError(
-            f"influence.precondition '{influence.precondition}' scales logit gradients, which estimator "
-            f"'{influence.estimator}' does not use; set it to none, or choose estimator lai or lli"
-        )
+    for key, decay in {
+        "influence.adam_decay": influence.adam_decay,
+        "influence.running_decay": influence.running_decay,
+    }.items():
+        if not 0 <= decay < 1:
+            raise ValueError(f"{key} must lie in [0, 1), not {decay}")
+    _check_influence(config)
     if policy.action == "drop" and policy.rule == "threshold" and influence.estimator in ("loss", "random"):
         raise ValueError(
             f"policy.rule 'threshold' says nothing about estimator '{influence.estimator}', whose scores all have one "
@@ -231,7 +251,50 @@ def _check(config: Config) -> None:
         raise ValueError(f"data.prepared_dir must lie outside run_dir ({config.run_dir}), which a new run moves aside")
     if config.observe.eval_every_steps and config.data.eval_files is None:
         raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
-    read_deepspeed_config(config)
+
+
+def _check_influence(config: Config) -> None:
+    """What estimator, reference and preconditioning need of each other and of the optimizer."""
+    influence, settings = config.influence, read_deepspeed_config(config)
+    scaled = {"adam_ema": ("lai", "lli"), "adam_state": ("lai", "lli", "ghost")}.get(influence.precondition)
+    if scaled and influence.estimator not in scaled:
+        raise ValueError(
+            f"influence.precondition '{influence.precondition}' scales gradients, which estimator "
+            f"'{influence.estimator}' does not use like this; set it to none, or choose {' or '.join(scaled)}"
+        )
+    optimizer, stage = settings["optimizer"].get("type", ""), settings.get("zero_optimization", {}).get("stage", 0)
+    low = [key for key in ("bf16", "fp16") if settings.get(key, {}).get("enabled")]
+    if influence.precondition == "adam_state" and optimizer.lower() not in ("adam", "adamw"):
+        raise ValueError(
+            f"influence.precondition 'adam_state' reads Adam's second moments; {config.deepspeed_config} has optimizer "
+            f"'{optimizer}'. Choose Adam or AdamW there, or another precondition"
+        )
+    if influence.precondition == "adam_state" and stage == 0 and low:
+        raise ValueError(
+            f"influence.precondition 'adam_state' is not built for ZeRO 0 in {low[0]}: set a stage of 1 to 3 in "
+            f"{config.deepspeed_config}"
+        )
+    if influence.reference == "validation" and config.data.reference_files is None:
+        raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")
+    if BUILTIN in (config.data.reference_files or []):
+        raise ValueError(f"data.reference_files: '{BUILTIN}' holds out nothing for it; give files or a hub id")
+    if influence.reference != "batch" and influence.estimator in ("none", "loss", "random"):
+        raise ValueError(
+            f"influence.reference '{influence.reference}' means nothing to estimator '{influence.estimator}', which "
+            "compares with nothing; set it to batch"
+        )
+    if influence.estimator != "ghost":
+        return
+    if influence.unit == "document":
+        raise ValueError(
+            "influence.unit 'document' is not for estimator 'ghost': the gradient at a position is that of all later "
+            "losses of its sequence, of other documents too; set it to sequence"
+        )
+    if stage == 1 and settings["zero_optimization"].get("overlap_comm"):
+        raise ValueError(
+            f"estimator 'ghost' owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 "
+            f"and 3 only: set it to false in {config.deepspeed_config}"
+        )
 
 
 def read_deepspeed_config(config: Config) -> dict[str, Any]:
@@ -263,6 +326,9 @@ def read_deepspeed_config(config: Config) -> dict[str, Any]:
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if not isinstance(settings.setdefault(key, 1), int) or settings[key] < 1:
             raise ValueError(f"{path}: {key} must be a whole number of at least 1, not {settings[key]!r}")
+    if config.influence.estimator == "ghost":
+        # One backward more than planned, after the last one, where something is to be dropped.
+        settings["managed_gradient_accumulation"] = False
     # DeepSpeed's progress lines would interrupt the progress bar.
     return {"steps_per_print": sys.maxsize, **settings}
 

@@ -26,13 +26,18 @@ def fingerprint(
     data, seen = config.data, known or {}
     known_files = {
         (file["name"], file["size"], file.get("modified")): file
-        for file in [*seen.get("train_files", []), *(seen.get("eval_files") or [])]
+        for files in ("train_files", "eval_files", "reference_files")
+        for file in seen.get(files) or []
         if "name" in file
     }
     return {
         "format": FORMAT,
-        "train_files": [_identity(source, known_files) for source in resolve(data.train_files)],
-        "eval_files": data.eval_files and [_identity(source, known_files) for source in resolve(data.eval_files)],
+        **{name: files and [_identity(source, known_files) for source in resolve(files)] for name, files in {
+            "train_files": data.train_files,
+            "eval_files": data.eval_files,
+            # Absent where there is none, as it was before there were any.
+            **({"reference_files": data.reference_files} if data.reference_files else {}),
+        }.items()},
         "tokenizer": {"trained": vocabulary_size(config)} if tokenizer is None else _tokenizer_identity(tokenizer),
         "seed": config.seed,
         **{key: getattr(data, key) for key in (

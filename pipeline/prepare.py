@@ -1,6 +1,6 @@
 """Documents -> tokens -> packed rows on disk, with a fingerprint of what made them. One pass, bounded memory.
 
-    prepared_dir/train/ eval/        rows (see `load_split`), memory-mapped by `datasets`
+    prepared_dir/train/ eval/ reference/ rows (see `load_split`), memory-mapped by `datasets`
     prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
                                      tokens (in the rows, with its eos), bytes (UTF-8, of these tokens)
     prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,7 @@ from pipeline.document import Document, Split
 from pipeline.fingerprint import changes, fingerprint
 from pipeline.tokenizer import encode, load_tokenizer, train_tokenizer
 
+SPLITS = get_args(Split)
 BATCH_DOCUMENTS = 1_000
 BATCH_CHARACTERS = 8_000_000  # the tokenizer takes some 140 bytes a character (and a longer document all of it)
 SOURCES = pa.schema(
@@ -48,8 +49,8 @@ SOURCES = pa.schema(
 def ensure_prepared(config: Config) -> None:
     """On rank 0, prepare where `data.prepared_dir` is missing; on the others, wait for it. Before any process group.
 
-    Raises ValueError, on rank 0, where it was made of something else; an eval split that the config does not ask for
-    is no difference.
+    Raises ValueError, on rank 0, where it was made of something else; held-out splits that the config does not ask for
+    are no difference.
     """
     directory = Path(config.data.prepared_dir)
     if rank := launched_rank():
@@ -64,8 +65,10 @@ def ensure_prepared(config: Config) -> None:
         return prepare(config)
     old = load_fingerprint(directory)
     new = fingerprint(config, load_tokenizer(config), known=old)
-    if config.data.eval_files is None:
-        old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
+    if config.data.reference_files is None:
+        old.pop("reference_files", None)
+        if config.data.eval_files is None:
+            old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
     if differences := changes(old, new):
         raise ValueError(
             f"data.prepared_dir: {directory} was prepared from something else:\n{differences}\n"
@@ -107,6 +110,8 @@ def prepare(config: Config) -> None:
         report = {"train": _write_split(config, "train", tokenizer, temporary)}
         if config.data.eval_files is not None:
             report["eval"] = _write_split(config, "eval", tokenizer, temporary)
+        if config.data.reference_files is not None:
+            report["reference"] = _write_split(config, "reference", tokenizer, temporary)
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "report.json").write_text(json.dumps(report, indent=2))
         (temporary / "fingerprint.json").write_text(json.dumps(new, indent=2))
@@ -171,9 +176,11 @@ def _load_json(path: Path) -> dict[str, Any]:
 def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, Any]:
     """Write the rows and the sources of a split under `directory`; returns its part of the report."""
     data = config.data
-    files, most = data.train_files, data.max_sequences
-    if split == "eval":
-        files, most = data.eval_files or [], data.max_eval_sequences
+    files, most = {
+        "train": (data.train_files, data.max_sequences),
+        "eval": (data.eval_files or [], data.max_eval_sequences),
+        "reference": (data.reference_files or [], data.max_eval_sequences),
+    }[split]
     problems = Problems(data.max_bad_fraction)
     documents = problems.leave_out(read_documents(files, data, split))
     subsets: dict[str, Counter[str]] = {}
@@ -184,7 +191,7 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
         room = None if most is None else most * data.sequence_length  # tokens that still fit
         document_id = 0
         for number, batch in enumerate(_batches(documents)):
-            order = np.random.default_rng([config.seed, split == "eval", number]).permutation(len(batch))
+            order = np.random.default_rng([config.seed, SPLITS.index(split), number]).permutation(len(batch))
             batch = [batch[index] for index in order]
             taken: list[tuple[str, np.ndarray]] = []
             rows: list[dict[str, Any]] = []
