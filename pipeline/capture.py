@@ -1,6 +1,5 @@
 """The inputs of a model's linear layers, sketched as they flow by. Hooks live exactly as long as a `with`."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
@@ -8,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from pipeline.influence import CountSketch
+from pipeline.influence import CountSketch, seed_of
 
 
 class LayerInputs:
@@ -94,6 +93,6 @@ class LayerInputs:
         if self._width is None:
             return input_ND if input_ND.dtype == torch.float64 else input_ND.float()
         if name not in self._sketches:
-            seed = zlib.crc32(f"{self._seed}/{name}".encode())
+            seed = seed_of(self._seed, name)
             self._sketches[name] = CountSketch(input_ND.shape[1], self._width, seed, input_ND.device)
         return self._sketches[name](input_ND)

@@ -67,17 +67,18 @@ class SketchConfig:
     gradients: int = 2048
     """G, numbers that every token's logit gradient is hashed to."""
     layers: int = 128
-    """ghost: numbers that every token's layer inputs, and output gradients but the logits', are hashed to; its moments
-    have layers x G numbers."""
+    """ghost: numbers that every token's layer inputs, and output gradients but the logits', are hashed to; moments then
+    have layers x G numbers. residual: of the gradient at the residual stream; layers x (K + G)."""
 
 
 @dataclass(frozen=True)
 class InfluenceConfig:
     estimator: Literal["none", "random", "loss", "lli", "lai", "residual", "ghost", "ip"] = "lai"
     """How a unit is scored; positive helps. lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv
-    2510.16007); lli: the LM head's input only; ghost: the inner product of true gradients (Eq. 3), out of the training
-    backward, what is dropped being taken out again by a pass over it alone; loss: minus the mean loss; random: a seeded
-    random number; none: nothing is scored and the policy does nothing."""
+    2510.16007); lli: the LM head's input only; residual: the head's with the logit gradient, the others' with that
+    gradient brought back to the residual stream; ghost: the inner product of true gradients (Eq. 3), out of the
+    training backward, what is dropped being taken out again by a pass over it alone; loss: minus the mean loss; random:
+    a seeded random number; none: nothing is scored and the policy does nothing."""
     reference: Literal["batch", "running", "validation"] = "batch"
     """Whose loss counts. batch: the global micro-batch itself (self-influence); running: an exponential mean over the
     micro-batches so far and this one; validation: `data.reference_files`."""
@@ -185,7 +186,7 @@ class Config:
 
 
 _NOT_BUILT = {
-    "influence.estimator": ("residual", "ip"),
+    "influence.estimator": ("ip",),
     "influence.passes": ("score_first",),
 }
 
@@ -256,7 +257,7 @@ def _check(config: Config) -> None:
 def _check_influence(config: Config) -> None:
     """What estimator, reference and preconditioning need of each other and of the optimizer."""
     influence, settings = config.influence, read_deepspeed_config(config)
-    scaled = {"adam_ema": ("lai", "lli"), "adam_state": ("lai", "lli", "ghost")}.get(influence.precondition)
+    scaled = {"adam_ema": ("lai", "lli"), "adam_state": ("lai", "lli", "residual", "ghost")}.get(influence.precondition)
     if scaled and influence.estimator not in scaled:
         raise ValueError(
             f"influence.precondition '{influence.precondition}' scales gradients, which estimator "

@@ -1,6 +1,5 @@
 """From one forward, or for `ghost` its backward too, to the scores of this rank's units."""
 
-import zlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -15,9 +14,10 @@ from pipeline.capture import LayerInputs
 from pipeline.config import InfluenceConfig
 from pipeline.data import Batch, Scored, Unit
 from pipeline.gradients import LayerGradients, Means
-from pipeline.influence import CountSketch, SquaredGradient, adam_factors, influence_scores, unit_moments
+from pipeline.influence import CountSketch, SquaredGradient, adam_factors, influence_scores, seed_of, unit_moments
 from pipeline.loss import IGNORE, Visitor
-from pipeline.model import head_layer, linear_layers
+from pipeline.model import head_layer, is_conv1d, linear_layers
+from pipeline.residual import ResidualMoments
 from pipeline.timing import Stopwatch
 
 
@@ -35,33 +35,38 @@ class Estimator:
         self._config, self._seed, self._timed, self._device = config, seed, timed, device
         self._inputs: LayerInputs | None = None
         self._gradients: LayerGradients | None = None
+        self._residual: ResidualMoments | None = None
         self._squared: SquaredGradient | None = None
         self._sketch: CountSketch | None = None
         self._scale_V: Tensor | None = None
         self._means: Means = {}
         self._held: dict[str, Tensor] = {}
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._moments = config.estimator not in ("none", "loss", "random")
         self.needs_backward = config.estimator == "ghost"
-        if config.estimator in ("none", "loss", "random"):
+        if not self._moments:
             return
         name, head = head_layer(model)
         layers, sketch = linear_layers(model), config.sketch
         if self.needs_backward:
-            widths = None if sketch == "none" else (sketch.layers, sketch.gradients)
+            hashed = None if sketch == "none" else (sketch.layers, sketch.gradients)
             self._gradients = LayerGradients(
-                model, layers, name, widths, seed, device, partial(timed, "layer gradients")
+                model, layers, name, hashed, seed, device, partial(timed, "layer gradients")
             )
             self._sketch = self._gradients.logit_sketch()
+            return
+        if config.estimator == "residual":
+            widths = None if sketch == "none" else sketch
+            self._residual = ResidualMoments(model, layers, widths, seed, device, partial(timed, "layer inputs"))
             return
         if config.estimator == "lli":
             layers = {name: head}
         width = None if sketch == "none" else sketch.inputs
         if sketch != "none" and sketch.gradients < head.out_features:
-            seed_of_logits = zlib.crc32(f"{seed}/logits".encode())
-            self._sketch = CountSketch(head.out_features, sketch.gradients, seed_of_logits, device)
+            self._sketch = CountSketch(head.out_features, sketch.gradients, seed_of(seed, "logits"), device)
         self._inputs = LayerInputs(layers, width, seed, partial(timed, "layer inputs"))
         names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
-        self._weights = {layer: (names[id(module.weight)], hasattr(module, "nf")) for layer, module in layers.items()}
+        self._weights = {layer: (names[id(module.weight)], is_conv1d(module)) for layer, module in layers.items()}
         self._head = name
         if config.precondition == "adam_ema":
             self._squared = SquaredGradient(head.out_features, config.adam_decay, config.adam_power, device)
@@ -69,16 +74,17 @@ class Estimator:
 
     def capture(self) -> AbstractContextManager:
         """The `with` for the forward; it ends before the backward."""
-        return self._inputs or self._gradients or nullcontext()
+        return self._inputs or self._gradients or self._residual or nullcontext()
 
     @property
     def visit(self) -> Visitor | None:
         """What `token_losses` is to make of the logit gradient; None where no estimator asks for it."""
-        return self._visit if self._inputs or self._gradients else None
+        return self._visit if self._moments else None
 
     def norms(self) -> dict[str, Tensor]:
         """Root mean square norm of each captured layer's input in the last forward."""
-        return self._inputs.norms() if self._inputs else {}
+        source = self._inputs or self._residual
+        return source.norms() if source else {}
 
     @property
     def preconditioned(self) -> bool:
@@ -89,10 +95,13 @@ class Estimator:
         """`adam_state`: score in the geometry of these second moments of the optimizer until the next call.
 
         `ghost` scales every layer's input and output gradient (`influence.adam_factors`); `lai` and `lli` scale inputs
-        by the column factors of their own layer and the logit gradient by the head's row factors.
+        by the column factors of their own layer and the logit gradient by the head's row factors; `residual`:
+        `ResidualMoments.precondition`.
         """
         self._means = means
-        if self._gradients:
+        if self._residual:
+            self._residual.precondition(means)
+        elif self._gradients:
             self._gradients.precondition(means)
             self._scale_V = self._gradients.logit_scale()
         elif self._inputs:
@@ -117,16 +126,19 @@ class Estimator:
         """Take in one micro-batch of this rank. Its moments are kept: 4 bytes a number, K G numbers a unit."""
         losses_U, tokens_U = batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)
         finite_U = batch.whole_rows(losses_U.isfinite())
-        if self._inputs is None and self._gradients is None:
+        if not self._moments:
             basis = self._control_scores(batch.units, losses_U, tokens_U)
         else:
             assert feedback_NG is not None
+            spans = [unit.span for unit in batch.units]
             with self._timed("moments"):
                 if self._gradients:
                     basis = self._gradients.take_moments(feedback_NG)
+                elif self._residual:
+                    basis = self._residual.take_moments(feedback_NG, spans)
                 else:
                     assert self._inputs is not None
-                    basis = unit_moments(self._inputs.take_keys(), feedback_NG, [unit.span for unit in batch.units])
+                    basis = unit_moments(self._inputs.take_keys(), feedback_NG, spans)
                 basis = basis.flatten(1)
                 finite_U = batch.whole_rows(finite_U & basis.sum(1).isfinite())
                 # One sample that is not finite must not make all scores so.
@@ -144,7 +156,7 @@ class Estimator:
         `adam_ema`; none against a validation set).
         """
         pending, self._pending = self._pending, []
-        if self._inputs is None and self._gradients is None:
+        if not self._moments:
             return [Scored(scores_U, scores_U, losses_U, tokens_U) for scores_U, losses_U, tokens_U in pending]
         micro = self._references(pending)
         with self._timed("moments"):
@@ -233,6 +245,8 @@ class Estimator:
         with self._timed("logit gradient"):
             if self._squared:
                 self._square_sum_V += gradient_nV.square().sum(0)
+            if self._residual:
+                return self._residual.visit(gradient_nV)
             if self._scale_V is not None:
                 gradient_nV *= self._scale_V.to(gradient_nV.dtype)
             return self._sketch(gradient_nV) if self._sketch else gradient_nV

@@ -1,6 +1,5 @@
 """Moments of true gradients, layer by layer, out of the training's own backward. Hooks live as long as a forward."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from pipeline.influence import CountSketch, Span, adam_factors
+from pipeline.influence import CountSketch, Span, adam_factors, seed_of
+from pipeline.model import is_conv1d
 
 Means = Mapping[str, tuple[Tensor, Tensor]]
 """Row means and column means of the optimizer's second moments, bias-corrected, by the name of a weight matrix."""
@@ -86,7 +85,7 @@ class LayerGradients:
         self._weights: dict[str, Weight] = {}
         self.size = 0 if widths is None else widths[0] * widths[1]
         for module, found in modules.items():
-            name, transposed = self._name[module], not isinstance(found, Conv1D)
+            name, transposed = self._name[module], not is_conv1d(found)
             rows, columns = getattr(found.weight, "ds_shape", found.weight.shape)
             inputs, outputs = (columns, rows) if transposed else (rows, columns)
             if name in self._weights:
@@ -98,14 +97,14 @@ class LayerGradients:
                 continue
             wide = module in self._embeddings or module == head
             shape = (min(inputs, widths[0]), min(outputs, widths[1] if wide else min(widths)))
-            generator = torch.Generator().manual_seed(_seed(seed, name, "place"))
+            generator = torch.Generator().manual_seed(seed_of(seed, f"{name}/place"))
             index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]]
             signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
             self._weights[name] = Weight(transposed, shape, index.to(device), signs.to(device))
             if shape[0] < inputs:
-                self._weights[name].inputs = CountSketch(inputs, shape[0], _seed(seed, name, "inputs"), device)
+                self._weights[name].inputs = CountSketch(inputs, shape[0], seed_of(seed, f"{name}/inputs"), device)
             if shape[1] < outputs:
-                self._weights[name].outputs = CountSketch(outputs, shape[1], _seed(seed, name, "outputs"), device)
+                self._weights[name].outputs = CountSketch(outputs, shape[1], seed_of(seed, f"{name}/outputs"), device)
 
     def precondition(self, means: Means) -> None:
         """Score in Adam's geometry from now on: see `influence.adam_factors`."""
@@ -206,10 +205,6 @@ class LayerGradients:
         else:
             assert weight.signs_KG is not None
             moment.index_add_(0, weight.place, (part_KG * weight.signs_KG).flatten().to(moment.dtype))
-
-
-def _seed(seed: int, name: str, what: str) -> int:
-    return zlib.crc32(f"{seed}/{name}/{what}".encode())
 
 
 def _sketched(sketch: CountSketch | None, values_NC: Tensor, scale_C: Tensor | None) -> Tensor:

@@ -10,6 +10,8 @@ because the sum over token pairs of a product of two inner products is the inner
 products: linear in tokens, no token-pair matrix, and one (K, G) matrix to sum over ranks.
 """
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -59,6 +61,11 @@ def adam_factors(rows_O: Tensor, columns_D: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _NEVER_USED = 1e-6
+
+
+def seed_of(seed: int, what: str) -> int:
+    """A seed for `what` that depends on nothing but the run's and its name."""
+    return zlib.crc32(f"{seed}/{what}".encode())
 
 
 class CountSketch:

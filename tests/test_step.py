@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from pipeline import ledger
 from pipeline import estimator as estimator_module
+from pipeline import ledger
 from pipeline import step as step_module
 from pipeline.config import Config, read_deepspeed_config
 from pipeline.data import Batch, Samples
