@@ -202,7 +202,7 @@ def test_second_moments_are_those_of_one_processs_adam(ranks, corpus, tiny_model
 def test_adam_state_scores_alike_at_all_stages_and_after_a_resume(ranks, corpus, tiny_model, tmp_path):
     """Catches factors that a resumed run forgets, or reads at another step than the unbroken one."""
     scores = {}
-    for stage, estimator in [(0, "ghost"), (1, "ghost"), (2, "ghost"), (3, "ghost"), (1, "lai"), (3, "lai")]:
+    for stage, estimator in [*((z, "ghost") for z in range(4)), *((z, e) for e in ("lai", "residual") for z in (1, 3))]:
         place = tmp_path / f"{estimator}-{stage}"
         common = {
             "optimizer": ADAM,
