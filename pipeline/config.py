@@ -149,6 +149,9 @@ class ObserveConfig:
     """Optimizer steps between histograms, activation norms and texts in TensorBoard (scalars come at every step)."""
     eval_every_steps: int | None = None
     """Optimizer steps between held-out evaluations. Default: only before and after the run."""
+    audit_every_steps: int | None = None
+    """Optimizer steps between audits: one more forward after the step, for the correlation of the scores with how much
+    each unit's loss really fell (`influence/audit_pearson`). Default: never."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +212,7 @@ def _check(config: Config) -> None:
         "observe.every_steps": config.observe.every_steps,
         "policy.stop_after_non_finite": policy.stop_after_non_finite,
         "observe.eval_every_steps": config.observe.eval_every_steps,
+        "observe.audit_every_steps": config.observe.audit_every_steps,
         "influence.validation_sequences": influence.validation_sequences,
         "influence.validation_every_steps": influence.validation_every_steps,
         "influence.adam_every_steps": influence.adam_every_steps,
@@ -283,6 +287,12 @@ def _check_influence(config: Config) -> None:
         raise ValueError(
             f"influence.reference '{influence.reference}' means nothing to estimator '{influence.estimator}', which "
             "compares with nothing; set it to batch"
+        )
+    if config.observe.audit_every_steps and (influence.reference == "validation" or influence.estimator == "none"):
+        raise ValueError(
+            "observe.audit_every_steps compares scores with how the losses of the same units fell, which "
+            f"influence.reference '{influence.reference}' with estimator '{influence.estimator}' says nothing about; "
+            "leave it out"
         )
     if influence.estimator != "ghost":
         return

@@ -34,6 +34,7 @@ _LAYOUT = {
     "Training": {
         "loss of what was kept": ["Multiline", ["train/loss"]],
         "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]],
+        "scores against what losses did": ["Multiline", ["influence/audit_pearson"]],
     },
 }
 
@@ -208,7 +209,7 @@ class TensorBoard:
 
 def _scoring(seconds: Mapping[str, float]) -> float:
     """What scoring took: all named parts of a step. A forward for scoring alone has two of them inside."""
-    inside = {"step", *({"layer inputs", "logit gradient"} if "scoring forward" in seconds else ())}
+    inside = {"step", "audit", *({"layer inputs", "logit gradient"} if "scoring forward" in seconds else ())}
     return sum(value for part, value in seconds.items() if part not in inside)
 
 

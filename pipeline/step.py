@@ -28,6 +28,8 @@ class Outcome:
     disagreement: float | None
     """With `influence.scope: step`, the fraction of the units that their micro-batch alone would have decided
     differently."""
+    audit: float | None
+    """`Step.audit`, where it was due."""
 
     @property
     def healthy(self) -> bool:
@@ -80,8 +82,31 @@ class Step:
             alone = [self._decide(units, step, m, units.micro_scores) for m, (units, _) in enumerate(decided)]
             differ = [((a.weights > 0) != (d.weights > 0)) for a, (_, d) in zip(alone, decided, strict=True)]
             disagreement = float(torch.cat(differ).double().mean())
+        audit, every = None, self._config.observe.audit_every_steps
+        if every and step % every == 0:
+            with self._timed("audit"):
+                audit = self._audit(step, batches, [units for units, _ in decided])
         micro_batches = [(start, units, decision) for start, (units, decision) in zip(starts, decided, strict=True)]
-        return Outcome(micro_batches, norm, self._engine.skipped_steps > skipped, disagreement)
+        return Outcome(micro_batches, norm, self._engine.skipped_steps > skipped, disagreement, audit)
+
+    @torch.no_grad()
+    def _audit(self, step: int, batches: list[Batch], tables: list[UnitTable]) -> float:
+        """Pearson's correlation of the units' scores with how much their losses (sums, nats) fell in the step just
+        taken, mean over its micro-batches; NaN where nothing varies. Costs a forward. Collective.
+
+        To first order a unit's loss falls by the inner product of its own gradient with the update. That is its score
+        with the own term in, if the update is the batch's gradient in the geometry that the estimator assumes. So this
+        also sees what the score leaves out: momentum from earlier batches, the optimizer's real geometry, clipping,
+        what was dropped, curvature. It says nothing of other batches' losses.
+        """
+        found = []
+        for m, (batch, units) in enumerate(zip(batches, tables, strict=True)):
+            losses_BT, _ = self._forward(batch, step, m)  # with the same draws of dropout as before
+            after = collectives.all_gather_rows(batch.sum_per_unit(losses_BT)[:, None])[:, 0].cpu()
+            fell, counted = units.losses - after, units.finite & after.isfinite()
+            pair = torch.stack([units.scores[counted], fell[counted]])
+            found.append(torch.corrcoef(pair)[0, 1] if pair.shape[1] > 1 else torch.tensor(torch.nan))
+        return float(torch.stack(found).nanmean())
 
     def _decide_before_backward(
         self, step: int, starts: list[int], batches: list[Batch]

@@ -92,6 +92,8 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
             }
             if outcome.disagreement is not None:
                 scalars["influence/scope_disagreement"] = outcome.disagreement
+            if outcome.audit is not None:
+                scalars["influence/audit_pearson"] = outcome.audit
             recorder.step(step, scalars, timed.read(), estimator.norms())
         progress.step, progress.position = step, progress.position + take.size * world * take.accumulation
         stop.agreed |= outcome.stop
