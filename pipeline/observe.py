@@ -265,7 +265,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     console = Console()
     console.print(table)
     for row in summary["standing_out"]:
-        console.print(f"stands out: {removal.in_words(row)}", style="yellow", markup=False, highlight=False)
+        console.print(f"stands out: {removal.in_words(row)}", style="yellow", markup=False, soft_wrap=True)
     console.print(
         f"scoring took {_percent(summary['scoring_fraction'] or 0, 1)} % of the time of a step\n"
         f"ledger:      {summary['run_dir']}/ledger/*.parquet (one row per scored unit)\n"
