@@ -118,7 +118,7 @@ def noise_found(rows: pd.DataFrame, warmup_steps: int) -> list[dict[str, Any]]:
     """How well planted noise is found, by kind, in the whole run and in each quarter of its steps; empty where none
     was planted.
 
-    Rows: part (`all`, `1/4` ...), kind (or ALL_KINDS), units, removed, auc, precision, recall, each None where it has no
+    Rows: part (`all`, `1/4` ...), kind (or ALL_KINDS), units, removed, auc, precision, recall; None where there is no
     value. Each kind stands against the rows that were not planted, other kinds left out. auc: the chance that a noisy
     unit has a lower rank than a real one (ties half). precision: share of noise among what was removed; recall: share
     of the noise that was removed; both after the warm-up of the policy, in which nothing is.
@@ -138,7 +138,8 @@ def noise_found(rows: pd.DataFrame, warmup_steps: int) -> list[dict[str, Any]]:
             gone = [int((~some["kept"][some["step"] > warmup_steps]).sum()) for some in (noise, real)]
             acted_on = int((noise["step"] > warmup_steps).sum())
             found.append({
-                "part": name, "kind": kind.removeprefix(PREFIX), "units": len(noise), "removed": int((~noise["kept"]).sum()),
+                "part": name, "kind": kind.removeprefix(PREFIX),
+                "units": len(noise), "removed": int((~noise["kept"]).sum()),
                 "auc": auc(noise["rank"].dropna().to_numpy(), real["rank"].dropna().to_numpy()),
                 "precision": gone[0] / sum(gone) if sum(gone) else None,
                 "recall": gone[0] / acted_on if acted_on else None,
@@ -158,7 +159,7 @@ def auc(low: np.ndarray, high: np.ndarray) -> float | None:
 
 def _stretches(steps: pd.Series, parts: int) -> pd.Series:
     """For every row (first, last) of its stretch of steps; stretches are as long as each other, within a step."""
-    names = {}
+    names: dict[int, tuple[int, int]] = {}
     for stretch in np.array_split(np.sort(steps.unique()), max(min(parts, steps.nunique()), 1)):
         names |= {step: (int(stretch[0]), int(stretch[-1])) for step in stretch}
     return steps.map(names)

@@ -36,8 +36,10 @@ def score_bands(bands: list[dict[str, Any]]) -> bytes:
     figure, [axis] = _new(1, 1, height=3.4)
     steps = [band["step"] for band in bands]
     for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
-        between = [[band[key] for band in bands] for key in (low, high)]
-        axis.fill_between(steps, *between, alpha=alpha, color=_REAL, linewidth=0, label=f"{low[1:]} to {high[1:]} %")
+        lower, upper = ([band[key] for band in bands] for key in (low, high))
+        axis.fill_between(
+            steps, lower, upper, alpha=alpha, color=_REAL, linewidth=0, label=f"{low[1:]} to {high[1:]} %"
+        )
     axis.plot(steps, [band["q50"] for band in bands], color=_REAL, label="median")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(xlabel="optimizer step", ylabel="score / root mean square\nof the scores beside it")
@@ -51,8 +53,8 @@ def participation(over_time: list[dict[str, Any]], counts: list[dict[str, Any]])
     for subset in dict.fromkeys(row["subset"] for row in sorted(over_time, key=lambda row: row["subset"])):
         own = sorted((row for row in over_time if row["subset"] == subset), key=lambda row: row["step"])
         planted = subset.startswith("planted/")
-        style = {"linestyle": "--" if planted else "-", "linewidth": 1.8 if planted else 1.2}
-        axes[0].plot([row["step"] for row in own], [row["rate"] for row in own], label=subset, **style)
+        steps, rates = ([row[key] for row in own] for key in ("step", "rate"))
+        axes[0].plot(steps, rates, "--" if planted else "-", linewidth=1.8 if planted else 1.2, label=subset)
     axes[0].set(xlabel="optimizer step", ylabel="removed, of the units seen")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set_ylim(bottom=0)
@@ -110,7 +112,7 @@ def noise(lines: dict[str, list[float | None]], parts: Sequence[str]) -> bytes:
 
 
 def differences(rows: list[dict[str, Any]], metric: str, unit: str) -> bytes:
-    """Each arm's held-out difference to the baseline, a dot a seed, the mean and its spread; at half and full length."""
+    """Each arm's held-out difference to the baseline: a dot a seed, their mean and spread; at half and full length."""
     figure, axes = _new(1, 2, height=1.4 + 0.4 * len(rows), sharey=True)
     for axis, length in zip(axes, ("half", "full"), strict=True):
         for place, row in enumerate(reversed(rows)):

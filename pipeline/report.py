@@ -212,10 +212,10 @@ def _arms(content: dict[str, Any]) -> list[str]:
     rows = content["arms"]
     parts = ["<h2>Does dropping help? Arms against each other</h2>", _table(*arms_table(rows))]
     parts.append(_note(
-        "Held-out figures at half and full length: mean over seeds ± standard deviation between seeds. “full - none” is "
-        "the difference in bits per byte to the run of arm none with the same seed, mean ± standard deviation of these "
-        "differences; below 0 is better. It is “beyond spread” where the mean is larger than that deviation: with three "
-        "seeds an indication, no proof. Noise AUC and recall: all kinds of planted noise together."
+        "Held-out figures at half and full length: mean over seeds ± standard deviation between seeds. “full - none” "
+        "is the difference in bits per byte to the run of arm none with the same seed, mean ± standard deviation of "
+        "these differences; below 0 is better. It is “beyond spread” where the mean is larger than that deviation: "
+        "with three seeds an indication, no proof. Noise AUC and recall: all kinds of planted noise together."
     ))  # fmt: skip
     compared = [row for row in rows if (row["full.bits_per_byte"] or {}).get("difference")]
     if compared:
@@ -297,8 +297,8 @@ def _removals(rows: list[dict[str, Any]]) -> list[str]:
     parts.append(_table(columns, cells))
     parts.append(_note(
         "Wilson intervals. p: Fisher's exact test of the subset against all others, two-sided; it stands out at "
-        f"{removal.LEVEL} / subsets judged (Bonferroni), from {removal.MIN_UNITS} units on. Units count as independent, "
-        "which those of several epochs are not."
+        f"{removal.LEVEL} / subsets judged (Bonferroni), from {removal.MIN_UNITS} units on. Units count as "
+        "independent, which those of several epochs are not."
     ))  # fmt: skip
     return parts
 
@@ -317,8 +317,8 @@ def _noise(rows: list[dict[str, Any]]) -> list[str]:
     parts.append(_table(["kind", "part of the run", "units", "removed", "precision", "recall", "ROC-AUC"], cells))
     parts.append(_note(
         "Each kind against the sequences that were not planted, other kinds left out. ROC-AUC: the chance that a noisy "
-        "sequence ranks lower than a real one (0.5: chance), by rank among what was scored together. Precision: share of "
-        "noise among what was removed; recall: share of the noise removed; both after the policy's warm-up."
+        "sequence ranks lower than a real one (0.5: chance), by rank among what was scored together. Precision: share "
+        "of noise among what was removed; recall: share of the noise removed; both after the policy's warm-up."
     ))  # fmt: skip
     return parts
 
