@@ -14,6 +14,7 @@ from pipeline.planted import PREFIX
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 ALL_KINDS = "all kinds"
 OTHERS = "all others"
+NOISE = "planted noise"
 
 
 def comparable(rows: pd.DataFrame, scope: str) -> pd.DataFrame:
@@ -47,11 +48,12 @@ def score_bands(rows: pd.DataFrame, parts: int = 40) -> list[dict[str, Any]]:
     return bands
 
 
-def removed_over_time(rows: pd.DataFrame, parts: int = 20, subsets: int = 7) -> list[dict[str, Any]]:
-    """Removal rates of the `subsets` with most units, and of all others together, in each of at most `parts` stretches
-    of the run: subset, step (its middle), units, removed, rate."""
-    largest = rows["subset"].value_counts().index[:subsets]
-    names = rows["subset"].where(rows["subset"].isin(largest), OTHERS)
+def removed_over_time(rows: pd.DataFrame, parts: int = 12, subsets: int = 6) -> list[dict[str, Any]]:
+    """Removal rates of the `subsets` with most units, of all others together (OTHERS) and of planted noise (NOISE), in
+    each of at most `parts` stretches of the run: subset, step (its middle), units, removed, rate."""
+    names = rows["subset"].mask(rows["subset"].str.startswith(PREFIX), NOISE)
+    largest = names[names != NOISE].value_counts().index[:subsets]
+    names = names.where(names.isin([*largest, NOISE]), OTHERS)
     found = []
     for (subset, steps), part in rows.groupby([names, _stretches(rows["step"], parts)]):
         removed = int((~part["kept"]).sum())

@@ -9,8 +9,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+from pipeline.evidence import NOISE
+
 _WIDTH = 8.5  # inches
-_REAL, _NOISE, _STANDS_OUT = "tab:blue", "tab:red", "tab:red"
+_USUAL, _STANDS_OUT = "tab:blue", "tab:red"
 _GROUPS = {"lowest": "tab:red", "middle": "tab:gray", "highest": "tab:blue"}
 
 
@@ -38,9 +40,9 @@ def score_bands(bands: list[dict[str, Any]]) -> bytes:
     for low, high, alpha in (("q05", "q95", 0.18), ("q25", "q75", 0.35)):
         lower, upper = ([band[key] for band in bands] for key in (low, high))
         axis.fill_between(
-            steps, lower, upper, alpha=alpha, color=_REAL, linewidth=0, label=f"{low[1:]} to {high[1:]} %"
+            steps, lower, upper, alpha=alpha, color=_USUAL, linewidth=0, label=f"{int(low[1:])} to {int(high[1:])} %"
         )
-    axis.plot(steps, [band["q50"] for band in bands], color=_REAL, label="median")
+    axis.plot(steps, [band["q50"] for band in bands], color=_USUAL, label="median")
     axis.axhline(0, color="black", linewidth=0.6)
     axis.set(xlabel="optimizer step", ylabel="score / root mean square\nof the scores beside it")
     return _finish(figure, axis)
@@ -49,19 +51,27 @@ def score_bands(bands: list[dict[str, Any]]) -> bytes:
 def participation(over_time: list[dict[str, Any]], counts: list[dict[str, Any]]) -> bytes:
     """Removal rates by subset over the run; beside them, where units came again, how often each was removed."""
     again = [row for row in counts if row["seen"] > 1]
-    figure, axes = _new(1, 2 if again else 1, height=3.8, width_ratios=[2, 1] if again else [1])
+    figure, axes = _new(1, 2 if again else 1, height=3.8, gridspec_kw={"width_ratios": [2, 1] if again else [1]})
     for subset in dict.fromkeys(row["subset"] for row in sorted(over_time, key=lambda row: row["subset"])):
         own = sorted((row for row in over_time if row["subset"] == subset), key=lambda row: row["step"])
-        planted = subset.startswith("planted/")
+        style, color = ("--", "black") if subset == NOISE else ("-", None)
         steps, rates = ([row[key] for row in own] for key in ("step", "rate"))
-        axes[0].plot(steps, rates, "--" if planted else "-", linewidth=1.8 if planted else 1.2, label=subset)
+        axes[0].plot(
+            steps,
+            rates,
+            "--" if noise else "-",
+            color="black" if noise else None,
+            marker=".",
+            linewidth=1.2,
+            label=subset,
+        )
     axes[0].set(xlabel="optimizer step", ylabel="removed, of the units seen")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set_ylim(bottom=0)
     if again:
         most = max(row["removed"] for row in again)
         totals = [sum(row["units"] for row in again if row["removed"] == times) for times in range(most + 1)]
-        bars = axes[1].bar(range(most + 1), totals, color=_REAL)
+        bars = axes[1].bar(range(most + 1), totals, color=_USUAL)
         axes[1].bar_label(bars, fmt="{:,.0f}", fontsize=8)
         axes[1].set(xlabel="times removed", ylabel="units seen more than once", yscale="log")
         axes[1].xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -88,7 +98,7 @@ def removals(rows: list[dict[str, Any]]) -> bytes:
     """Removal rates of the subsets with their 95 % intervals."""
     figure, [axis] = _new(1, 1, height=1.2 + 0.26 * len(rows))
     for place, row in enumerate(reversed(rows)):
-        color = _STANDS_OUT if row["stands_out"] else _REAL
+        color = _STANDS_OUT if row["stands_out"] else _USUAL
         axis.plot([row["low"], row["high"]], [place, place], color=color, linewidth=2)
         axis.plot(row["rate"], place, "o", color=color, markersize=5)
     total = sum(row["removed"] for row in rows) / sum(row["units"] for row in rows)
@@ -113,7 +123,7 @@ def noise(lines: dict[str, list[float | None]], parts: Sequence[str]) -> bytes:
 
 def differences(rows: list[dict[str, Any]], metric: str, unit: str) -> bytes:
     """Each arm's held-out difference to the baseline: a dot a seed, their mean and spread; at half and full length."""
-    figure, axes = _new(1, 2, height=1.4 + 0.4 * len(rows), sharey=True)
+    figure, axes = _new(1, 2, height=1.4 + 0.4 * len(rows), sharex=True, sharey=True)
     for axis, length in zip(axes, ("half", "full"), strict=True):
         for place, row in enumerate(reversed(rows)):
             found = (row[f"{length}.{metric}"] or {}).get("difference")
@@ -122,7 +132,7 @@ def differences(rows: list[dict[str, Any]], metric: str, unit: str) -> bytes:
             axis.plot(
                 list(found["values"].values()), [place] * len(found["values"]), "o", color="tab:gray", markersize=4
             )
-            axis.errorbar(found["mean"], place, xerr=found["spread"], fmt="D", color=_REAL, capsize=4, markersize=6)
+            axis.errorbar(found["mean"], place, xerr=found["spread"], fmt="D", color=_USUAL, capsize=4, markersize=6)
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
         axis.set(title=f"{length} length", xlabel=f"{unit}, difference to `none`\n(left of 0: better)")
         axis.set_ylim(-0.6, len(rows) - 0.4)
@@ -132,16 +142,11 @@ def differences(rows: list[dict[str, Any]], metric: str, unit: str) -> bytes:
 
 def _new(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    axes = np.atleast_1d(figure.subplots(rows, columns, **_grid(options))).ravel()
+    axes = np.atleast_1d(figure.subplots(rows, columns, **options)).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.25)
     return figure, list(axes)
-
-
-def _grid(options: dict[str, Any]) -> dict[str, Any]:
-    ratios = options.pop("width_ratios", None)
-    return {**options, **({"gridspec_kw": {"width_ratios": ratios}} if ratios else {})}
 
 
 def _finish(figure: Figure, legend_of: Axes | None, columns: int = 3) -> bytes:

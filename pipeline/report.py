@@ -146,8 +146,8 @@ def _json(path: Path) -> Any:
 
 def arms_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the comparison, for the console and the page."""
-    columns = ["arm", "seeds", "perplexity, half", "full", "bits/byte, half", "full", "full - none", "beyond spread"]
-    columns += ["removed", "removed %", "noise AUC", "noise recall"]
+    columns = ["arm", "seeds", "perplexity half", "perplexity full", "bits/byte half", "bits/byte full", "full - none"]
+    columns += ["beyond spread", "removed", "removed %", "noise AUC", "noise recall"]
     cells = []
     for row in rows:
         half, full = row["half.bits_per_byte"], row["full.bits_per_byte"]
@@ -257,7 +257,10 @@ def _run(run: dict[str, Any]) -> list[str]:
                            "square of the scores beside it. Below 0: opposes the batch."))  # fmt: skip
 
     parts.append("<h3>Who takes part?</h3>")
-    parts.append(_image(figures.participation(run["removed_over_time"], run["participation"]), "participation"))
+    if run["removed"]:
+        parts.append(_image(figures.participation(run["removed_over_time"], run["participation"]), "participation"))
+    else:
+        parts.append("<p>Everything: nothing was removed.</p>")
     if max(row["seen"] for row in run["participation"]) == 1:
         parts.append(_note("Every unit was seen once, so it was kept or removed once."))
 
@@ -286,7 +289,8 @@ def _run(run: dict[str, Any]) -> list[str]:
 def _removals(rows: list[dict[str, Any]]) -> list[str]:
     standing = [row for row in rows if row["stands_out"]]
     parts = [f'<p class="warning">{html.escape(removal.in_words(row))}</p>' for row in standing]
-    parts.append(_image(figures.removals(rows), "removal rates by subset"))
+    if any(row["removed"] for row in rows):
+        parts.append(_image(figures.removals(rows), "removal rates by subset"))
     cells = [
         [row["subset"], f"{row['units']:,}", f"{row['removed']:,}", _percent(row["rate"]),
          f"{_percent(row['low'])} to {_percent(row['high'])}", _percent(row["rest"]), _p_value(row["p_value"]),
@@ -431,13 +435,14 @@ def _print(content: dict[str, Any]) -> None:
     console = Console()
     if content["arms"]:
         columns, cells = arms_table(content["arms"])
-        table = Table(
-            title="arms: mean ± spread over seeds; full - none in bits per byte, by seed", title_justify="left"
-        )
-        for index, column in enumerate(columns):
-            table.add_column(column, justify="right" if index else "left")
+        title = "arms: held-out bits per byte, mean ± spread over seeds; difference to none by seed"
+        table = Table(title=title, title_justify="left", box=SIMPLE)
+        left_out = ("perplexity half", "perplexity full", "removed", "noise recall")  # so that it fits a terminal
+        shown = [index for index, column in enumerate(columns) if column not in left_out]
+        for index in shown:
+            table.add_column(columns[index].replace("bits/byte ", ""), justify="right" if index else "left")
         for row in cells:
-            table.add_row(*row)
+            table.add_row(*(row[index] for index in shown))
         console.print(table)
     for run in content["runs"]:
         for row in run["removals"]:
