@@ -56,15 +56,7 @@ def participation(over_time: list[dict[str, Any]], counts: list[dict[str, Any]])
         own = sorted((row for row in over_time if row["subset"] == subset), key=lambda row: row["step"])
         style, color = ("--", "black") if subset == NOISE else ("-", None)
         steps, rates = ([row[key] for row in own] for key in ("step", "rate"))
-        axes[0].plot(
-            steps,
-            rates,
-            "--" if noise else "-",
-            color="black" if noise else None,
-            marker=".",
-            linewidth=1.2,
-            label=subset,
-        )
+        axes[0].plot(steps, rates, style, color=color, marker=".", linewidth=1.2, label=subset)
     axes[0].set(xlabel="optimizer step", ylabel="removed, of the units seen")
     axes[0].yaxis.set_major_formatter(PercentFormatter(1.0))
     axes[0].set_ylim(bottom=0)

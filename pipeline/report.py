@@ -141,22 +141,21 @@ def _json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}; remove it, or write it again") from None
 
 
-# Tables of arms
+# The comparison of arms
 
 
-def arms_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells of the comparison, for the console and the page."""
+def _arms_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells of the comparison on the page."""
     columns = ["arm", "seeds", "perplexity half", "perplexity full", "bits/byte half", "bits/byte full", "full - none"]
     columns += ["beyond spread", "removed", "removed %", "noise AUC", "noise recall"]
     cells = []
     for row in rows:
         half, full = row["half.bits_per_byte"], row["full.bits_per_byte"]
         difference = (full or {}).get("difference")
-        beyond = None if difference is None else difference["beyond_spread"]
         cells.append([
             row["arm"], str(len(row["seeds"])),
             _pm(row["half.perplexity"], 2), _pm(row["full.perplexity"], 2), _pm(half, 4), _pm(full, 4),
-            _pm(difference, 4, sign=True), {None: "-", True: "yes", False: "no"}[beyond],
+            _pm(difference, 4, sign=True), _beyond(difference),
             _pm(row["removed"], 0, spread=False), _pm(row["removed_fraction"], 1, scale=100, spread=False),
             _pm(row["noise_auc"], 3), _pm(row["noise_recall"], 3),
         ])  # fmt: skip
@@ -168,6 +167,10 @@ def _pm(value: dict[str, Any] | None, digits: int, sign: bool = False, scale: fl
         return "-"
     text = f"{scale * value['mean']:{'+' if sign else ''},.{digits}f}"
     return text if value["spread"] is None or not spread else f"{text} ± {scale * value['spread']:,.{digits}f}"
+
+
+def _beyond(difference: dict[str, Any] | None) -> str:
+    return "-" if difference is None else {None: "-", True: "yes", False: "no"}[difference["beyond_spread"]]
 
 
 # The page
@@ -210,7 +213,7 @@ def to_html(content: dict[str, Any]) -> str:
 
 def _arms(content: dict[str, Any]) -> list[str]:
     rows = content["arms"]
-    parts = ["<h2>Does dropping help? Arms against each other</h2>", _table(*arms_table(rows))]
+    parts = ["<h2>Does dropping help? Arms against each other</h2>", _table(*_arms_table(rows))]
     parts.append(_note(
         "Held-out figures at half and full length: mean over seeds ± standard deviation between seeds. “full - none” "
         "is the difference in bits per byte to the run of arm none with the same seed, mean ± standard deviation of "
@@ -434,15 +437,19 @@ def _plain(value: Any) -> Any:
 def _print(content: dict[str, Any]) -> None:
     console = Console()
     if content["arms"]:
-        columns, cells = arms_table(content["arms"])
-        title = "arms: held-out bits per byte, mean ± spread over seeds; difference to none by seed"
-        table = Table(title=title, title_justify="left", box=SIMPLE)
-        left_out = ("perplexity half", "perplexity full", "removed", "noise recall")  # so that it fits a terminal
-        shown = [index for index, column in enumerate(columns) if column not in left_out]
-        for index in shown:
-            table.add_column(columns[index].replace("bits/byte ", ""), justify="right" if index else "left")
-        for row in cells:
-            table.add_row(*(row[index] for index in shown))
+        title = "held-out bits per byte by arm: mean ± spread over seeds"
+        table = Table(title=title, title_justify="left", box=None)
+        for column in ("arm", "seeds", "half", "full", "full - none", "beyond", "removed %", "noise AUC"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.columns[0].justify, table.columns[0].no_wrap = "left", False
+        for row in content["arms"]:
+            half, full, removed = (row[key] for key in ("half.bits_per_byte", "full.bits_per_byte", "removed_fraction"))
+            difference = (full or {}).get("difference")
+            table.add_row(
+                row["arm"], str(len(row["seeds"])), _pm(half, 3, spread=False), _pm(full, 3),
+                _pm(difference, 3, sign=True), _beyond(difference), _pm(removed, 1, scale=100, spread=False),
+                _pm(row["noise_auc"], 3, spread=False),
+            )  # fmt: skip
         console.print(table)
     for run in content["runs"]:
         for row in run["removals"]:
