@@ -437,11 +437,11 @@ def _plain(value: Any) -> Any:
 def _print(content: dict[str, Any]) -> None:
     console = Console()
     if content["arms"]:
-        title = "held-out bits per byte by arm: mean ± spread over seeds"
+        title = "held-out bits per byte by arm, mean ± spread over seeds; AUC of planted noise"
         table = Table(title=title, title_justify="left", box=None)
-        for column in ("arm", "seeds", "half", "full", "full - none", "beyond", "removed %", "noise AUC"):
+        for column in ("arm", "seeds", "half", "full", "full - none", "beyond", "removed %", "AUC"):
             table.add_column(column, justify="right", no_wrap=True)
-        table.columns[0].justify, table.columns[0].no_wrap = "left", False
+        table.columns[0].justify, table.columns[0].no_wrap, table.columns[0].min_width = "left", False, 12
         for row in content["arms"]:
             half, full, removed = (row[key] for key in ("half.bits_per_byte", "full.bits_per_byte", "removed_fraction"))
             difference = (full or {}).get("difference")

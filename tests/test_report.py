@@ -4,12 +4,16 @@ import base64
 import json
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline import ledger
+from pipeline.config import to_yaml
 from pipeline.report import main
+from tests.launcher import ROOT, environment
 from tests.runs import ADAM, config_of, deepspeed_json, run
 
 PNG = b"\x89PNG\r\n"
@@ -178,6 +182,33 @@ def test_the_console_shows_the_arms_and_the_page_lies_beside_the_runs(grid, caps
     assert json.loads((grid / "report.json").read_text())["runs"]
     main([str(grid / "lai-0") + "/"])
     assert (grid / "lai-0" / "report.html").is_file()
+
+
+@pytest.mark.faults
+def test_the_script_runs_every_arm_at_every_seed_on_one_dataset_and_goes_on_where_it_stopped(
+    grid, corpus, tiny_model, tmp_path
+):
+    """Catches arms on data of their own, overrides that get lost, and finished runs that are run again."""
+    config = config_of(
+        corpus, tmp_path / "base", tiny_model("llama"), grid / "ds.json", max_steps=2, policy__rule="rate"
+    )
+    (tmp_path / "base.yaml").write_text(to_yaml(config))
+    out = tmp_path / "out"
+    command = ["bash", "launch/arms.sh", tmp_path / "base.yaml", out, "none lai,policy.flag=highest", "5 6"]
+    # The second seed's data would be refused if it were its own; the sequence length is an override for all.
+    for _ in range(2):
+        done = subprocess.run(
+            [*command, "--data.sequence_length", "8"], cwd=ROOT, env=environment(), capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count("is done") == 4
+    runs = json.loads((out / "report.json").read_text())["runs"]
+    assert [(run["arm"], run["seed"]) for run in runs] == [("none", 5), ("lai", 5), ("none", 6), ("lai", 6)]
+    for run_dir in out.glob("*/seed-*"):
+        settings = yaml.safe_load((run_dir / "config.yaml").read_text())
+        assert settings["data"]["prepared_dir"] == str(out / "data")
+        assert settings["data"]["sequence_length"] == 8
+        assert (settings["policy"]["flag"] == "highest") == (settings["influence"]["estimator"] == "lai")
 
 
 @pytest.mark.parametrize(
