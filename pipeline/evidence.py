@@ -24,15 +24,14 @@ def comparable(rows: pd.DataFrame, scope: str) -> pd.DataFrame:
     whole step), ties sharing their mean place: 0 lowest, 1 highest, 1/2 on average. relative: the score over their root
     mean square. unit: a number for what was scored, the same whenever it comes again. NaN where nothing was scored.
     """
-    together = rows.groupby(["step"] if scope == "step" else ["step", "micro_step"])["score"]
-    squares = (rows["score"] ** 2).groupby([rows["step"], rows["micro_step"] if scope != "step" else rows["step"]])
+    keys = ["step"] if scope == "step" else ["step", "micro_step"]
+    together = rows.groupby(keys)["score"]
+    mean_square = (rows["score"] ** 2).groupby([rows[key] for key in keys]).transform("mean")
     documents = rows["document_ids"].map(tuple)
     return rows.assign(
         rank=(together.rank() - 0.5) / together.transform("count"),
-        relative=rows["score"] / np.sqrt(squares.transform("mean")).replace(0.0, np.nan),
-        unit=pd.DataFrame({"sample": rows["sample_id"], "documents": documents})
-        .groupby(["sample", "documents"], sort=False)
-        .ngroup(),
+        relative=rows["score"] / np.sqrt(mean_square).replace(0.0, np.nan),
+        unit=rows.assign(documents=documents).groupby(["sample_id", "documents"], sort=False).ngroup(),
     )
 
 

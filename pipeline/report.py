@@ -344,7 +344,9 @@ def _importance(ends: dict[str, list[dict[str, Any]]]) -> list[str]:
 
 def _fidelity_name(row: dict[str, Any]) -> str:
     shown = [
-        f"{key} {row[key]}" for key in ("precondition", "sketch", "reference") if row.get(key) not in (None, "none")
+        f"{key} {row[key]}"
+        for key in ("precondition", "sketch", "reference")
+        if row.get(key) not in (None, "none", "batch")
     ]
     return ", ".join([str(row["estimator"]), *shown, *([] if row.get("own_term", True) else ["own term out"])])
 
