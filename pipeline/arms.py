@@ -8,11 +8,13 @@ from pipeline.config import InfluenceConfig, PolicyConfig, to_dict
 
 BASELINE = "none"
 METRICS = ("perplexity", "bits_per_byte")
+_CONTROLS = ("influence.estimator", "influence.unit", "influence.scope")
 _OWN = ("run_dir", "seed", "resume", "dry_run", "influence", "policy", "checkpoint", "observe")
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes an arm: all keys of `influence` and `policy`, flat. Of estimator none nothing else: it scores nothing.
+    """What makes an arm: all keys of `influence` and `policy` that the estimator uses, flat. `none` uses no other;
+    `loss` and `random` those of _CONTROLS.
 
     `config` is a run's config.yaml, parsed; keys that it lacks were added since and have their defaults.
     """
@@ -22,6 +24,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= flat(section, values | config.get(section, {}))
     if found["influence.estimator"] == BASELINE:
         return {"influence.estimator": BASELINE}
+    if found["influence.estimator"] in ("loss", "random"):
+        return {key: value for key, value in found.items() if key in _CONTROLS or key.startswith("policy.")}
     return found
 
 

@@ -85,6 +85,13 @@ def test_plain_training_is_one_arm_whatever_its_policy_says():
     )
 
 
+def test_controls_are_not_named_after_what_they_do_not_use():
+    lai, loss = ({"estimator": name, "include_self": False} for name in ("lai", "loss"))
+    configs = [{"influence": lai}, {"influence": {"estimator": "lai"}}, {"influence": loss}]
+    assert labels(*configs) == ["lai, include_self False", "lai", "loss"]
+    assert labels({"influence": loss}, {"influence": loss | {"unit": "document"}}) == ["loss", "loss, unit document"]
+
+
 def test_what_makes_runs_incomparable_is_named():
     one = {"seed": 0, "max_steps": 5, "data": {"a": 1}, "influence": {"estimator": "lai"}}
     other = {"seed": 1, "max_steps": 6, "data": {"a": 1}, "influence": {"estimator": "none"}}
