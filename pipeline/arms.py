@@ -34,7 +34,7 @@ def labels(arms: Sequence[dict[str, Any]]) -> list[str]:
     defaults = settings({})
     scoring = [arm for arm in arms if len(arm) > 1]
     keys = dict.fromkeys(key for arm in scoring for key in arm if key != "influence.estimator")
-    differing = [key for key in keys if len({repr(arm.get(key)) for arm in scoring}) > 1]
+    differing = [key for key in keys if _differs(key, scoring)]
     names = []
     for arm in arms:
         shown = [
@@ -42,6 +42,13 @@ def labels(arms: Sequence[dict[str, Any]]) -> list[str]:
         ]
         names.append(", ".join([arm["influence.estimator"], *shown]))
     return names
+
+
+def _differs(key: str, arms: Sequence[dict[str, Any]]) -> bool:
+    """Whether the arms that have it have different values, or some arms of an estimator have it and some do not."""
+    values = {repr(arm[key]) for arm in arms if key in arm}
+    presence = {(arm["influence.estimator"], key in arm) for arm in arms}
+    return len(values) > 1 or len(presence) > len({estimator for estimator, _ in presence})
 
 
 def other_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:

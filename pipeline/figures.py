@@ -1,6 +1,7 @@
 """The figures of a report: tables of evidence.py and arms.py in, PNG bytes out."""
 
 import io
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -126,9 +127,10 @@ def differences(rows: list[dict[str, Any]], metric: str, unit: str) -> bytes:
             )
             axis.errorbar(found["mean"], place, xerr=found["spread"], fmt="D", color=_USUAL, capsize=4, markersize=6)
         axis.axvline(0, color="black", linewidth=0.8, linestyle=":")
-        axis.set(title=f"{length} length", xlabel=f"{unit}, difference to `none`\n(left of 0: better)")
+        axis.set_title(f"{length} length")
         axis.set_ylim(-0.6, len(rows) - 0.4)
-    axes[0].set_yticks(range(len(rows)), [row["arm"] for row in reversed(rows)])
+    axes[0].set_yticks(range(len(rows)), [textwrap.fill(row["arm"], 24) for row in reversed(rows)])
+    figure.supxlabel(f"{unit}, difference to none (left of 0: better)", fontsize="medium")
     return _finish(figure, None)
 
 

@@ -86,9 +86,13 @@ def test_plain_training_is_one_arm_whatever_its_policy_says():
 
 
 def test_controls_are_not_named_after_what_they_do_not_use():
-    lai, loss = ({"estimator": name, "include_self": False} for name in ("lai", "loss"))
-    configs = [{"influence": lai}, {"influence": {"estimator": "lai"}}, {"influence": loss}]
+    """Catches sketches in every name because a control has none."""
+    sketch = {"inputs": 8, "gradients": 8}
+    lai, loss = ({"estimator": name, "include_self": False, "sketch": sketch} for name in ("lai", "loss"))
+    configs = [{"influence": lai}, {"influence": lai | {"include_self": True}}, {"influence": loss}]
     assert labels(*configs) == ["lai, include_self False", "lai", "loss"]
+    rates = [{"influence": part, "policy": {"rate": rate}} for part, rate in ((lai, 0.1), (loss, 0.2))]
+    assert labels(*rates) == ["lai", "loss, rate 0.2"]
     assert labels({"influence": loss}, {"influence": loss | {"unit": "document"}}) == ["loss", "loss, unit document"]
 
 
