@@ -440,7 +440,7 @@ def _print(content: dict[str, Any]) -> None:
     console = Console()
     if content["arms"]:
         title = "held-out bits per byte by arm, mean ± spread over seeds; AUC of planted noise"
-        table = Table(title=title, title_justify="left", box=None)
+        table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
         for column in ("arm", "seeds", "half", "full", "full - none", "beyond", "removed %", "AUC"):
             table.add_column(column, justify="right", no_wrap=True)
         table.columns[0].justify, table.columns[0].no_wrap, table.columns[0].min_width = "left", False, 12
