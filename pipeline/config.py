@@ -58,6 +58,16 @@ class DataConfig:
     max_bad_fraction: float = 0.001
     """Refuse the files when a larger fraction of their records is malformed, undecodable, empty or without text.
     Fewer are left out, counted, and reported with file and line."""
+    seed: int | None = None
+    """Seeds the order of the documents and the planted noise while preparing. Default: `seed`; set it where runs of
+    several seeds share one `prepared_dir`."""
+    planted_noise: float = 0.0
+    """Fraction of the training sequences replaced by planted noise while preparing, to measure whether it is found (an
+    experiment: never for real training). Equal shares of random tokens, shuffled tokens, one repeated 8-gram and, with
+    `planted_foreign_files`, foreign text; their subsets are `planted/KIND`."""
+    planted_foreign_files: str | list[str] | None = None
+    """Text that does not belong among the training data (another language, say), in the forms of `train_files`, for
+    the planted noise. Default: no such noise."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,9 @@ class PolicyConfig:
     micro-batch, fractions by seeded stochastic rounding."""
     threshold: float = 0.0
     """Scores below it are flagged, in the units of the score."""
+    flag: Literal["lowest", "highest"] = "lowest"
+    """Which end of the scores is flagged. highest: a control arm that drops what helps most (threshold: scores above
+    it)."""
     rate: float = 0.1
     """Fraction of every global micro-batch (with `influence.scope: step`, of a whole step) that is flagged, 0 to 1."""
     warmup_steps: int = 0
@@ -226,12 +239,16 @@ def _check(config: Config) -> None:
     for key, number in at_least_one.items():
         if number is not None and number < 1:
             raise ValueError(f"{key} is too small ({number}): sequences need two tokens, everything else at least 1")
-    if config.seed < 0:
-        raise ValueError(f"seed must be 0 or more, not {config.seed}")
+    for key, seed in {"seed": config.seed, "data.seed": config.data.seed}.items():
+        if seed is not None and seed < 0:
+            raise ValueError(f"{key} must be 0 or more, not {seed}")
+    if config.data.planted_foreign_files is not None and not config.data.planted_noise:
+        raise ValueError("data.planted_foreign_files is for planted noise: set data.planted_noise, or leave it out")
     for key, fraction in {
         "policy.rate": policy.rate,
         "policy.max_drop_fraction": policy.max_drop_fraction,
         "data.max_bad_fraction": config.data.max_bad_fraction,
+        "data.planted_noise": config.data.planted_noise,
     }.items():
         if not 0 <= fraction <= 1:
             raise ValueError(f"{key} is a fraction from 0 to 1, not {fraction}")
@@ -252,6 +269,8 @@ def _check(config: Config) -> None:
             f"policy.rate {policy.rate} is above policy.max_drop_fraction {policy.max_drop_fraction}: lower the one "
             "or raise the other"
         )
+    if policy.flag == "highest" and policy.action == "reweight":
+        raise ValueError("policy.flag 'highest' says what to drop; policy.action 'reweight' drops nothing: choose drop")
     if Path(config.data.prepared_dir).resolve().is_relative_to(Path(config.run_dir).resolve()):
         raise ValueError(f"data.prepared_dir must lie outside run_dir ({config.run_dir}), which a new run moves aside")
     if config.observe.eval_every_steps and config.data.eval_files is None:
