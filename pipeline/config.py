@@ -201,19 +201,19 @@ class Config:
         _check(self)
 
 
-_NOT_BUILT = {
-    "influence.estimator": ("ip",),
-    "influence.passes": ("score_first",),
+_NOT_FOR_TRAINING = {
+    "influence.estimator": {"ip": "takes a backward a sample: pipeline.fidelity measures the others against it"},
+    "influence.passes": {"score_first": "is not built yet"},
 }
 
 
 def _check(config: Config) -> None:
     """Refuse what cannot work, naming the key, what was found and what to do."""
-    for key, values in _NOT_BUILT.items():
+    for key, values in _NOT_FOR_TRAINING.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value in values:
-            raise ValueError(f"{key}: '{value}' is not built yet; choose another value (--help lists them)")
+            raise ValueError(f"{key}: '{value}' {values[value]}; choose another value (--help lists them)")
     influence, policy = config.influence, config.policy
     at_least_one = {
         "max_steps": config.max_steps,
