@@ -1,6 +1,6 @@
 """The cost of knowing: plain and scored steps of one engine by turns, on random tokens.
 
-deepspeed --num_accelerators 2 --module pipeline.benchmark --config launch/benchmark_125m.yaml [--benchmark.pairs 40 ...]
+deepspeed --num_accelerators 2 --module pipeline.benchmark --config launch/benchmark_125m.yaml
 
 Writes RUN_DIR/benchmark.json and prints its tables. Ledger and TensorBoard, which plain training writes too, are not
 part of a step here.
@@ -19,7 +19,6 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from pipeline import collectives, engine
 from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse, read_deepspeed_config, to_yaml
@@ -148,16 +147,16 @@ def measure(config: Config) -> dict[str, Any]:
     for round_ in range(len(rounds), len(rounds) + _MEMORY_ROUNDS):
         for name, lane in _in_turn(lanes, round_):
             _wait_for_all(device)
-            with PeakMemory(device) as memory:
+            with PeakMemory(device) as used:
                 lane.take(round_ + 1, round_ * sequences, False)
                 _wait(device)
-            peaks[name].append(memory.peak)
+            peaks[name].append(used.peak)
     held = {name: bytes_held(lane.estimator) for name, lane in lanes.items()}
-    due = config.influence.adam_every_steps * config.influence.validation_every_steps * (len(rounds) + _MEMORY_ROUNDS)
-    counts = {}
+    done, counts = len(rounds) + _MEMORY_ROUNDS, {}
+    due = config.influence.adam_every_steps * config.influence.validation_every_steps * done
     for name, lane in lanes.items():
         with Work(ds_engine.module) as counts[name]:
-            lane.take(due + 1, 0, False)
+            lane.take(due + 1, done * sequences, False)
         lane.timed.read()
 
     seconds = _largest_of_ranks(seconds, device)
@@ -232,7 +231,9 @@ def _of_kind(
     }
 
 
-def _compared(lane: Lane, own: tuple[list[float], float, Work], plain: tuple[list[float], float, Work]) -> dict[str, Any]:
+def _compared(
+    lane: Lane, own: tuple[list[float], float, Work], plain: tuple[list[float], float, Work]
+) -> dict[str, Any]:
     """A scored kind beside the plain one: times by the pairs of a round, counts by their difference."""
     ratios = np.array(own[0]) / np.array(plain[0])
     work, base = own[2], plain[2]

@@ -25,7 +25,12 @@ class ExactGhost(Estimator):
     """
 
     def __init__(
-        self, config: InfluenceConfig, layers: Mapping[str, nn.Module], seed: int, device: torch.device, timed: Stopwatch
+        self,
+        config: InfluenceConfig,
+        layers: Mapping[str, nn.Module],
+        seed: int,
+        device: torch.device,
+        timed: Stopwatch,
     ) -> None:
         self._layers, self._stopwatch = layers, timed
         # Of the rest it is a control: scores are known when a micro-batch is added, and nothing is shared by ranks.
