@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import benchmark, counting
-from pipeline.benchmark import RandomTokens, measure, print_tables, run, variants
+from pipeline import cost, counting
+from pipeline.benchmark import print_sweep, print_tables, run
 from pipeline.config import Config, InfluenceConfig
+from pipeline.cost import RandomTokens, measure, variants
 from pipeline.counting import PeakMemory, Work, bytes_held
 from pipeline.exact_ghost import ExactGhost, inner_products
 from pipeline.influence import CountSketch
@@ -41,7 +42,7 @@ def bench(
 
 
 def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
-    found, other = ranks(run, bench(tmp_path, tiny_model("gpt_neo")))
+    (found, _), (other, _) = ranks(run, bench(tmp_path, tiny_model("gpt_neo")))
     assert json.loads((tmp_path / "run" / "benchmark.json").read_text()) == found
     top = {"step_time_ratio_median", "step_time_ratio_quartiles", "peak_memory_ratio", "bytes_per_micro_batch"}
     assert top <= found.keys()
@@ -54,7 +55,9 @@ def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
     assert {"layer inputs", "logit gradient", "moments", "reduce", "decide"} == parts.keys()
     assert found["plain"]["model_flops_utilization"] is None
     print_tables(found)
-    assert "backward" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "backward" in shown
+    assert "…" not in shown, "every column has its place on 80 characters"
 
 
 def seen(config: Config) -> list[tuple[list[int], int]]:
@@ -67,11 +70,11 @@ def seen(config: Config) -> list[tuple[list[int], int]]:
             batches.append((positions, int(batch.input_ids_BT.sum())))
             return batch
 
-    original, benchmark.RandomTokens = benchmark.RandomTokens, Watched
+    original, cost.RandomTokens = cost.RandomTokens, Watched
     try:
         measure(config)
     finally:
-        benchmark.RandomTokens = original
+        cost.RandomTokens = original
     return batches
 
 
@@ -146,7 +149,7 @@ def test_a_sketch_is_three_passes_over_its_input():
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_several_estimators_beside_the_same_plain_steps(ranks, tiny_model, tmp_path, stage):
+def test_several_estimators_beside_the_same_plain_steps(ranks, tiny_model, tmp_path, capsys, stage):
     names = ["none", "lai", "lai/adam_state", "residual", "ghost", "ghost/adam_state", "ghost_exact"]
     config = bench(tmp_path, tiny_model("llama"), stage, benchmark__estimators=json.dumps(names), benchmark__pairs=1)
     found, _ = ranks(measure, config)
@@ -157,8 +160,36 @@ def test_several_estimators_beside_the_same_plain_steps(ranks, tiny_model, tmp_p
     assert rows["lai/adam_state"]["bytes_per_micro_batch"] > rows["lai"]["bytes_per_micro_batch"] == 4 * 8 * 32
     assert rows["ghost"]["bytes_per_micro_batch"] >= 4 * 4 * 32
     assert rows["lai"]["held_bytes"] > rows["none"]["held_bytes"] == 0
+    print_tables(found)
+    assert "…" not in capsys.readouterr().out
     # At these sizes the token pairs of a micro-batch are dearer than anything sketched.
     assert rows["ghost_exact"]["scoring_gflop"] > rows["ghost"]["scoring_gflop"] > 0
+
+
+def test_a_sweep_changes_one_size_at_a_time(ranks, tmp_path, capsys):
+    """Catches sizes that do not reach the model, and a factor 1 that is measured over and over."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps({"model_type": "gpt_neo"} | tiny("gpt_neo").config.to_diff_dict()))
+    config = bench(tmp_path, model, benchmark__sweep="[1,2]", benchmark__pairs=1)
+    (_, rows), _ = ranks(run, config)
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == rows
+    assert (tmp_path / "run" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert [(row["dimension"], row["size"]) for row in rows[::2]] == [
+        ("tokens", 16), ("layers", 2), ("width", 16), ("vocabulary", 300), ("sketch", 32)
+    ]  # fmt: skip
+    assert [row["size"] for row in rows[1::2]] == [32, 4, 32, 600, 64]
+    base = rows[0]
+    assert all(row | {"dimension": 0, "size": 0} == base | {"dimension": 0, "size": 0} for row in rows[::2])
+    tokens, layers, width, vocabulary, sketch = rows[1::2]
+    assert [row["bytes_per_micro_batch"] / 1024 for row in rows[1::2]] == [1, 1, 1, 1, 4]
+    assert tokens["scoring_gflop"] == 2 * base["scoring_gflop"]
+    assert layers["scoring_gflop"] == width["scoring_gflop"] == vocabulary["scoring_gflop"] == base["scoring_gflop"]
+    assert sketch["scoring_gflop"] == 4 * base["scoring_gflop"]
+    assert base["parameters"] < vocabulary["parameters"] < layers["parameters"] < width["parameters"]
+    print_sweep(rows)
+    shown = capsys.readouterr().out
+    assert "vocabulary" in shown
+    assert "…" not in shown
 
 
 @pytest.mark.parametrize(
