@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -35,8 +36,8 @@ def print_tables(found: dict[str, Any]) -> None:
         "memory, operations (GFLOP; elements of other operators), scoring's bytes on the wire per micro-batch",
         ("peak GB", "ratio", "GFLOP", "ratio", "other ratio", "MB"),
     )
-    names = sorted({part for row in every.values() for part in row["seconds_by_part"]})
-    parts = _table("seconds a step by part of scoring (rank 0, mean)", names)
+    parts = _table("seconds a step by part of scoring (rank 0, mean), the longest first", ())
+    parts.add_column("")
     for name, row in every.items():
         seconds, rate = f"{row['step_seconds_median']:.3f}", f"{row['tokens_per_second']:.0f}"
         memory, flops = f"{row['peak_memory_bytes'] / 1e9:.3f}", f"{sum(row['gflop'].values()):.1f}"
@@ -49,7 +50,8 @@ def print_tables(found: dict[str, Any]) -> None:
             times.add_row(name, seconds, ratio, f"{low:.3f}-{high:.3f}", cpu, rate)
             ratios = [f"{row[key]:.3f}" for key in ("peak_memory_ratio", "scoring_flop_ratio", "scoring_other_ratio")]
             costs.add_row(name, memory, ratios[0], flops, *ratios[1:], f"{row['bytes_per_micro_batch'] / 1e6:.2f}")
-        parts.add_row(name, *(f"{row['seconds_by_part'].get(part, 0):.3f}" for part in names))
+        longest = sorted(row["seconds_by_part"].items(), key=lambda part: -part[1])
+        parts.add_row(name, ", ".join(f"{part} {value:.3f}" for part, value in longest))
     console = Console()
     for shown in (times, costs, parts):
         console.print(shown)
@@ -73,10 +75,11 @@ def print_sweep(rows: list[dict[str, Any]]) -> None:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left")
-    table.add_column("")
+    # Narrow enough for 80 characters: headers break between words, names and numbers do not.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
     return table
 
 
