@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -132,6 +132,46 @@ class ObserveConfig:
     """Optimizer steps between held-out evaluations. Default: only before and after the run."""
 
 
+FIDELITY_ESTIMATORS = (
+    "lli",
+    "lli/adam_ema",
+    "lai",
+    "lai/adam_ema",
+    "ip",
+    "ghost_flattened",
+    "lai_flattened",
+    "loss",
+    "logit_gradient_norm",
+    "random",
+)
+FIDELITY_REFERENCES = ("ip", "ip_adam", "shapley_sgd", "shapley_adam")
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    batches: int = 4
+    """Batches per checkpoint, the same at each: what the run would have read next."""
+    batch_size: int = 16
+    """Sequences in a batch. The references keep that many gradients, 8 bytes a parameter each."""
+    references: list[str] = field(default_factory=lambda: ["ip", "ip_adam"])
+    """What scores are held against; the first is the figure's. ip: inner products of true gradients; ip_adam: the same
+    in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step."""
+    shapley_batches: int = 1
+    """How many of the batches get the Shapley references, which take most of the time."""
+    permutations: int = 1000
+    """Most orders of joining that Shapley values are estimated from."""
+    standard_error: float = 0.02
+    """Stop before, once the largest standard error of a value is this fraction of the deviation between samples."""
+    estimators: list[str] = field(default_factory=lambda: list(FIDELITY_ESTIMATORS))
+    """Estimators, `/` and a preconditioning where there is one. For comparison only: ip, the true inner product;
+    ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features; logit_gradient_norm."""
+    exact: bool = True
+    """Also without the sketch: one matrix of all input widths x vocabulary a sequence. False for large models."""
+    checkpoints: list[str] | None = None
+    """Names (`step-100`) of the run's checkpoints, or `start` for `model.name_or_path`. Default: all there are, or
+    `start` where there are none."""
+
+
 @dataclass(frozen=True)
 class Config:
     run_dir: str
@@ -161,6 +201,8 @@ class Config:
     """When the run is saved."""
     observe: ObserveConfig = ObserveConfig()
     """What is written for people to look at."""
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    """How `pipeline.fidelity` holds scores against what samples really do."""
 
     def __post_init__(self) -> None:
         _check(self)
@@ -192,6 +234,10 @@ def _check(config: Config) -> None:
         "observe.every_steps": config.observe.every_steps,
         "policy.stop_after_non_finite": policy.stop_after_non_finite,
         "observe.eval_every_steps": config.observe.eval_every_steps,
+        "fidelity.batches": config.fidelity.batches,
+        "fidelity.batch_size": config.fidelity.batch_size - 2,  # correlations need three
+        "fidelity.shapley_batches": config.fidelity.shapley_batches,
+        "fidelity.permutations": config.fidelity.permutations,
     }
     if isinstance(influence.sketch, SketchConfig):
         at_least_one |= {
@@ -231,7 +277,21 @@ def _check(config: Config) -> None:
         raise ValueError(f"data.prepared_dir must lie outside run_dir ({config.run_dir}), which a new run moves aside")
     if config.observe.eval_every_steps and config.data.eval_files is None:
         raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
+    _check_fidelity(config.fidelity)
     read_deepspeed_config(config)
+
+
+def _check_fidelity(fidelity: FidelityConfig) -> None:
+    for name, values, known in (
+        ("estimators", fidelity.estimators, FIDELITY_ESTIMATORS),
+        ("references", fidelity.references, FIDELITY_REFERENCES),
+    ):
+        if unknown := [value for value in values if value not in known]:
+            raise ValueError(f"fidelity.{name}: '{unknown[0]}' is none of {', '.join(known)}")
+        if not values:
+            raise ValueError(f"fidelity.{name} is empty; name at least one of {', '.join(known)}")
+    if fidelity.standard_error < 0:
+        raise ValueError(f"fidelity.standard_error must be 0 or more, not {fidelity.standard_error}")
 
 
 def read_deepspeed_config(config: Config) -> dict[str, Any]:

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from pipeline.config import InfluenceConfig
 from pipeline.data import Batch, Unit
 from pipeline.estimator import Estimator
-from pipeline.config import InfluenceConfig
 from pipeline.fidelity import flattened_grams, scores_of
 from pipeline.loss import IGNORE
 from pipeline.shapley import (
