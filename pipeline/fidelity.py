@@ -30,7 +30,7 @@ from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse, 
 from pipeline.data import Batch, Samples
 from pipeline.estimator import Estimator
 from pipeline.evaluate import load_weights
-from pipeline.figure import draw
+from pipeline.figure import draw, widths
 from pipeline.loss import token_losses
 from pipeline.model import head_layer, linear_layers, load_model
 from pipeline.prepare import ensure_prepared, load_split
@@ -326,7 +326,7 @@ def _all_scores(
             for name, matrix_BB in found.items():
                 matrices[name].append(matrix_BB.double().cpu())
     for entry in config.fidelity.estimators:
-        name, precondition = (entry.split("/") + ["none"])[:2]
+        name, precondition = [*entry.split("/"), "none"][:2]
         if precondition == "adam_state" and moments is None:
             continue  # no optimizer state to scale with
         for own in _OWN_TERMS:
@@ -337,26 +337,18 @@ def _all_scores(
             for influence in _forms(config, name, precondition, own):
                 estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
                 if precondition == "adam_state" and moments and adam:
-                    estimator.precondition(row_and_column_means(moments, adam.betas[1]))
+                    means = row_and_column_means(moments, adam.betas[1])
+                    estimator.precondition(means)  # type: ignore[attr-defined]
                 for batch in batches[:_WARM_UP_BATCHES] if precondition == "adam_ema" else []:
                     scores_of(estimator, model, batch)
                 scores = [scores_of(estimator, model, batch) for batch in measured]
-                sketched = influence.sketch != "none" and name not in ("loss", "random")
-                width = f"{influence.sketch.inputs}x{influence.sketch.gradients}" if sketched else "none"
-                yield (name, precondition, width), own, scores
+                yield (name, precondition, widths(influence)), own, scores
 
 
 def _forms(config: Config, name: str, precondition: str, own: bool) -> list[InfluenceConfig]:
     """The estimator as the config sketches it and, where asked for, exact; controls have one form."""
-    base = replace(
-        config.influence,
-        estimator=name,
-        precondition=precondition,
-        include_self=own,
-        reference="batch",
-        unit="sequence",
-        scope="micro_step",
-    )
+    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "include_self": own}
+    base = replace(config.influence, reference="batch", unit="sequence", scope="micro_step", **chosen)
     exact = replace(base, sketch="none")
     if name in ("loss", "random") or base.sketch == "none":
         return [exact]
@@ -368,9 +360,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys((row["reference"], row["own_term"]) for row in rows))
     table = Table(title="correlation with the references (own term in, out)", title_justify="left")
     for name in ("estimator", "precondition", "sketch"):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for reference, own_term in columns:
-        table.add_column(f"{reference} {own_term}", justify="right")
+        table.add_column(f"{reference} {own_term}".replace("_", " ").replace(" ", "\n"), justify="right")
     for key in dict.fromkeys((row["estimator"], row["precondition"], row["sketch"]) for row in rows):
         cells = []
         for column in columns:

@@ -7,7 +7,7 @@ from typing import Protocol
 import matplotlib
 import numpy as np
 
-from pipeline.config import Config, SketchConfig
+from pipeline.config import Config, InfluenceConfig, SketchConfig
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -33,6 +33,12 @@ class Compared(Protocol):
     def correlations(self) -> list[float]: ...
 
 
+def widths(influence: InfluenceConfig) -> str:
+    """The sketch as text: `KxG`, or `none`."""
+    sketch = influence.sketch
+    return f"{sketch.inputs}x{sketch.gradients}" if isinstance(sketch, SketchConfig) else "none"
+
+
 def draw(config: Config, comparisons: Sequence[Compared], path: Path) -> None:
     """Above, score against reference at up to four checkpoints; below, the mean correlation over checkpoints and the
     spread of the batches' correlations, by estimator.
@@ -47,16 +53,15 @@ def draw(config: Config, comparisons: Sequence[Compared], path: Path) -> None:
     names = list(dict.fromkeys(c.name for c in shown))
     checkpoints = list(dict.fromkeys(c.checkpoint for c in shown))
 
-    influence, sketch = config.influence, config.influence.sketch
-    width = f"{sketch.inputs}x{sketch.gradients}" if isinstance(sketch, SketchConfig) else "none"
-    wanted = (influence.estimator, influence.precondition, width)
+    influence = config.influence
+    wanted = (influence.estimator, influence.precondition, widths(influence))
     own = next((c.name for c in shown if (c.estimator, c.precondition, c.sketch) == wanted), names[0])
     # Evenly over the run, its first and last among them.
     picked = np.unique(np.linspace(0, len(checkpoints) - 1, _MOST_SCATTERS).round().astype(int))
     scatters = [c for c in shown if c.name == own and c.checkpoint in {checkpoints[index] for index in picked}]
 
     figure = plt.figure(figsize=(14, 8), layout="constrained")
-    above, below = figure.subfigures(2, 1)
+    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
     for axes, comparison in zip(above.subplots(1, len(scatters), squeeze=False)[0], scatters, strict=True):
         for scores, values in comparison.pairs:
             axes.scatter(values, scores, s=12)

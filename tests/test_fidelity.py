@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import matplotlib.image
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from pipeline import engine
 from pipeline.checkpoint import checkpoints_of
-from pipeline.config import FIDELITY_ESTIMATORS
+from pipeline.config import FIDELITY_ESTIMATORS, to_yaml
 from pipeline.data import Samples
 from pipeline.fidelity import main, measure, pearson, row_and_column_means, spearman
 from pipeline.loss import token_losses
@@ -81,7 +82,7 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     controls know nothing of it, a small SGD step's Shapley values are the inner products."""
     config = adam_run(3)
     report = measure(config)
-    assert json.loads((engine.Path(config.run_dir) / "fidelity.json").read_text()) == report
+    assert json.loads((Path(config.run_dir) / "fidelity.json").read_text()) == report
     rows = report["rows"]
     keys = ("checkpoint", "estimator", "precondition", "sketch", "reference", "own_term")
     found = {tuple(row[key] for key in keys): row for row in rows}
@@ -102,13 +103,11 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
         assert small_step["pearson_mean"] > 0.95
         assert small_step["batches"] == 1
     assert {entry["permutations"] for entry in report["shapley"]} == {4}
-    assert matplotlib.image.imread(engine.Path(config.run_dir) / "fidelity.png").ndim == 3
+    assert matplotlib.image.imread(Path(config.run_dir) / "fidelity.png").ndim == 3
 
 
 def test_a_run_without_checkpoints_is_measured_at_its_start_by_the_command(adam_run, tmp_path, capsys):
     """Before Adam's first update there is no geometry to measure in."""
-    from pipeline.config import to_yaml
-
     config = replace(adam_run(3), run_dir=str(tmp_path / "new"))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     main(["--config", str(tmp_path / "config.yaml"), "--fidelity.estimators=[lli,random]", "--fidelity.exact=false"])
@@ -116,7 +115,7 @@ def test_a_run_without_checkpoints_is_measured_at_its_start_by_the_command(adam_
     assert {row["checkpoint"] for row in rows} == {"start"}
     assert {row["reference"] for row in rows} == {"ip", "shapley_sgd", "shapley_adam"}
     assert {(row["estimator"], row["sketch"]) for row in rows} == {("lli", "32x64"), ("random", "none")}
-    assert "shapley_adam" in capsys.readouterr().out
+    assert "random" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_is_not_there_is_named(adam_run):
