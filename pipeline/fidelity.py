@@ -359,10 +359,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     """Pearson's correlation, the mean over checkpoints and batches."""
     columns = list(dict.fromkeys((row["reference"], row["own_term"]) for row in rows))
     table = Table(title="correlation with the references (own term in, out)", title_justify="left")
-    for name in ("estimator", "precondition", "sketch"):
+    for name in ("estimator", "sketch"):
         table.add_column(name, no_wrap=True)
     for reference, own_term in columns:
-        table.add_column(f"{reference} {own_term}".replace("_", " ").replace(" ", "\n"), justify="right")
+        table.add_column(f"{reference} {own_term}".replace("_", " ").replace(" ", "\n"), justify="right", min_width=5)
     for key in dict.fromkeys((row["estimator"], row["precondition"], row["sketch"]) for row in rows):
         cells = []
         for column in columns:
@@ -373,8 +373,10 @@ def print_table(rows: list[dict[str, Any]]) -> None:
                 and (row["reference"], row["own_term"]) == column
                 and row["pearson_mean"] is not None
             ]
-            cells.append(f"{np.mean(numbers):.3f}" if numbers else "-")
-        table.add_row(*key, *cells)
+            cells.append(f"{np.mean(numbers):.2f}" if numbers else "-")
+        estimator, precondition, sketch = key
+        name = estimator if precondition == "none" else f"{estimator}/{precondition}"
+        table.add_row(name, sketch, *cells)
     Console().print(table)
 
 

@@ -65,18 +65,23 @@ def draw(config: Config, comparisons: Sequence[Compared], path: Path) -> None:
     for axes, comparison in zip(above.subplots(1, len(scatters), squeeze=False)[0], scatters, strict=True):
         for scores, values in comparison.pairs:
             axes.scatter(values, scores, s=12)
-        axes.set(title=f"{comparison.checkpoint}: r = {np.mean(comparison.correlations):.2f}", xlabel=reference)
+        axes.set(
+            title=f"{comparison.checkpoint}: r = {np.mean(comparison.correlations):.2f}",
+            xlabel=reference,
+            ylabel="score",
+        )
     above.suptitle(f"{own} against {reference}, own term {own_term}; a colour a batch")
 
     lines, violins = below.subplots(1, 2)
     spreads: list[list[float]] = []
+    lines.set_prop_cycle(color=[plt.get_cmap("tab20")(index) for index in range(20)])
     for name in names:
         parts = [c for c in shown if c.name == name]
         lines.plot([c.checkpoint for c in parts], [np.mean(c.correlations) for c in parts], marker="o", label=name)
         finite = [r for c in parts for r in c.correlations if np.isfinite(r)]
         spreads.append(finite or [0.0])
     lines.set(ylabel="correlation (mean over batches)", ylim=(-1.05, 1.05))
-    lines.legend(fontsize=6, loc="lower left")
+    lines.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     violins.violinplot(spreads, showmeans=True)
     violins.set_xticks(range(1, len(names) + 1), names, rotation=45, ha="right", fontsize=7)
     violins.set(ylabel="correlation of a batch", ylim=(-1.05, 1.05))
