@@ -1,6 +1,5 @@
 """The inputs of a model's linear layers, sketched as they flow by. Hooks live exactly as long as a `with`."""
 
-import zlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from math import sqrt
@@ -8,7 +7,7 @@ from math import sqrt
 import torch
 from torch import Tensor, nn
 
-from pipeline.influence import CountSketch
+from pipeline.influence import CountSketch, seed_of
 
 
 class LayerInputs:
@@ -32,6 +31,8 @@ class LayerInputs:
     ) -> None:
         self._layers, self._width, self._seed, self._timed = layers, width, seed, timed
         self._sketches: dict[str, CountSketch] = {}
+        self.scales: dict[str, Tensor] = {}
+        """What multiplies a layer's input, (D,), by its name; 1 where there is none."""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "LayerInputs":
@@ -66,7 +67,8 @@ class LayerInputs:
     @torch.no_grad()
     def _read(self, name: str, input_BTD: Tensor) -> None:
         with self._timed():
-            if input_BTD is not self._shared:
+            # Layers with scales of their own share nothing.
+            if input_BTD is not self._shared or name in self.scales:
                 self._flush()
                 self._shared = input_BTD
                 self._pending_NK = self._sketch(name, input_BTD.detach().flatten(0, -2))
@@ -86,9 +88,11 @@ class LayerInputs:
         self._readers = []
 
     def _sketch(self, name: str, input_ND: Tensor) -> Tensor:
+        if name in self.scales:
+            input_ND = input_ND * self.scales[name]
         if self._width is None:
             return input_ND if input_ND.dtype == torch.float64 else input_ND.float()
         if name not in self._sketches:
-            seed = zlib.crc32(f"{self._seed}/{name}".encode())
+            seed = seed_of(self._seed, name)
             self._sketches[name] = CountSketch(input_ND.shape[1], self._width, seed, input_ND.device)
         return self._sketches[name](input_ND)

@@ -42,6 +42,9 @@ class DataConfig:
     carries."""
     eval_files: str | list[str] | None = None
     """Held-out documents, in the same forms; `builtin` holds out a twentieth of its documents. Default: none."""
+    reference_files: str | list[str] | None = None
+    """Documents whose loss counts with `influence.reference: validation`, in the same forms. Others than `eval_files`,
+    or these no longer tell what was gained. Default: none."""
     sequence_length: int = 1024
     """Tokens per packed sequence."""
     text_field: str = "text"
@@ -51,10 +54,20 @@ class DataConfig:
     max_sequences: int | None = None
     """Stop preparing after this many training sequences (a hub corpus is streamed only so far). Default: all."""
     max_eval_sequences: int | None = None
-    """The same for the held-out sequences. Default: all."""
+    """The same for the held-out sequences, and for those of `reference_files`. Default: all."""
     max_bad_fraction: float = 0.001
     """Refuse the files when a larger fraction of their records is malformed, undecodable, empty or without text.
     Fewer are left out, counted, and reported with file and line."""
+    seed: int | None = None
+    """Seeds the order of the documents and the planted noise while preparing. Default: `seed`; set it where runs of
+    several seeds share one `prepared_dir`."""
+    planted_noise: float = 0.0
+    """Fraction of the training sequences replaced by planted noise while preparing, to measure whether it is found (an
+    experiment: never for real training). Equal shares of random tokens, shuffled tokens, one repeated 8-gram and, with
+    `planted_foreign_files`, foreign text; their subsets are `planted/KIND`."""
+    planted_foreign_files: str | list[str] | None = None
+    """Text that does not belong among the training data (another language, say), in the forms of `train_files`, for
+    the planted noise. Default: no such noise."""
 
 
 @dataclass(frozen=True)
@@ -63,16 +76,28 @@ class SketchConfig:
     """K, numbers that every token's layer inputs are hashed to."""
     gradients: int = 2048
     """G, numbers that every token's logit gradient is hashed to."""
+    layers: int = 128
+    """ghost: numbers that every token's layer inputs, and output gradients but the logits', are hashed to; moments then
+    have layers x G numbers. residual: of the gradient at the residual stream; layers x (K + G)."""
 
 
 @dataclass(frozen=True)
 class InfluenceConfig:
     estimator: Literal["none", "random", "loss", "lli", "lai", "residual", "ghost", "ip"] = "lai"
     """How a unit is scored; positive helps. lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv
-    2510.16007); lli: the LM head's input only; loss: minus the mean loss; random: a seeded random number; none:
-    nothing is scored and the policy does nothing."""
+    2510.16007); lli: the LM head's input only; residual: the head's with the logit gradient, the others' with that
+    gradient brought back to the residual stream; ghost: the inner product of true gradients (Eq. 3), out of the
+    training backward, what is dropped being taken out again by a pass over it alone; loss: minus the mean loss; random:
+    a seeded random number; none: nothing is scored and the policy does nothing."""
     reference: Literal["batch", "running", "validation"] = "batch"
-    """Whose loss counts. batch: the global micro-batch itself (self-influence)."""
+    """Whose loss counts. batch: the global micro-batch itself (self-influence); running: an exponential mean over the
+    micro-batches so far and this one; validation: `data.reference_files`."""
+    running_decay: float = 0.9
+    """running: weight of what was before, per micro-batch."""
+    validation_sequences: int = 16
+    """validation: size of the random subset that stands for the set, drawn anew at every refresh."""
+    validation_every_steps: int = 1
+    """validation: optimizer steps between refreshes, one more forward of the subset each (ghost: and backward)."""
     include_self: bool = True
     """Whether a unit's own term, always positive, is part of its score (the paper: yes)."""
     unit: Literal["sequence", "document"] = "sequence"
@@ -80,7 +105,11 @@ class InfluenceConfig:
     sketch: Literal["none"] | SketchConfig = SketchConfig()
     """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
     precondition: Literal["none", "adam_ema", "adam_state"] = "none"
-    """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E)."""
+    """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E). adam_state:
+    scale inputs and gradients by the column and row means of Adam's own second moments, to its power on each side."""
+    adam_every_steps: int = 10
+    """adam_state: optimizer steps between readings of the second moments; before the first step there are none, and
+    nothing is scaled."""
     adam_power: float = 0.5
     """Power of D on each side: 0.5 as in the paper, 0.25 for the geometry of Adam's own step."""
     adam_decay: float = 0.95
@@ -102,6 +131,9 @@ class PolicyConfig:
     micro-batch, fractions by seeded stochastic rounding."""
     threshold: float = 0.0
     """Scores below it are flagged, in the units of the score."""
+    flag: Literal["lowest", "highest"] = "lowest"
+    """Which end of the scores is flagged. highest: a control arm that drops what helps most (threshold: scores above
+    it)."""
     rate: float = 0.1
     """Fraction of every global micro-batch (with `influence.scope: step`, of a whole step) that is flagged, 0 to 1."""
     warmup_steps: int = 0
@@ -130,6 +162,9 @@ class ObserveConfig:
     """Optimizer steps between histograms, activation norms and texts in TensorBoard (scalars come at every step)."""
     eval_every_steps: int | None = None
     """Optimizer steps between held-out evaluations. Default: only before and after the run."""
+    audit_every_steps: int | None = None
+    """Optimizer steps between audits: one more forward after the step, for the correlation of the scores with how much
+    each unit's loss really fell (`influence/audit_pearson`). Default: never."""
 
 
 FIDELITY_ESTIMATORS = (
@@ -208,21 +243,19 @@ class Config:
         _check(self)
 
 
-_NOT_BUILT = {
-    "influence.estimator": ("residual", "ghost", "ip"),
-    "influence.reference": ("running", "validation"),
-    "influence.precondition": ("adam_state",),
-    "influence.passes": ("score_first",),
+_NOT_FOR_TRAINING = {
+    "influence.estimator": {"ip": "takes a backward a sample: pipeline.fidelity measures the others against it"},
+    "influence.passes": {"score_first": "is not built yet"},
 }
 
 
 def _check(config: Config) -> None:
     """Refuse what cannot work, naming the key, what was found and what to do."""
-    for key, values in _NOT_BUILT.items():
+    for key, values in _NOT_FOR_TRAINING.items():
         section, name = key.split(".")
         value = getattr(getattr(config, section), name)
         if value in values:
-            raise ValueError(f"{key}: '{value}' is not built yet; choose another value (--help lists them)")
+            raise ValueError(f"{key}: '{value}' {values[value]}; choose another value (--help lists them)")
     influence, policy = config.influence, config.policy
     at_least_one = {
         "max_steps": config.max_steps,
@@ -238,31 +271,40 @@ def _check(config: Config) -> None:
         "fidelity.batch_size": config.fidelity.batch_size - 2,  # correlations need three
         "fidelity.shapley_batches": config.fidelity.shapley_batches,
         "fidelity.permutations": config.fidelity.permutations,
+        "observe.audit_every_steps": config.observe.audit_every_steps,
+        "influence.validation_sequences": influence.validation_sequences,
+        "influence.validation_every_steps": influence.validation_every_steps,
+        "influence.adam_every_steps": influence.adam_every_steps,
     }
     if isinstance(influence.sketch, SketchConfig):
         at_least_one |= {
             "influence.sketch.inputs": influence.sketch.inputs,
             "influence.sketch.gradients": influence.sketch.gradients,
+            "influence.sketch.layers": influence.sketch.layers,
         }
     for key, number in at_least_one.items():
         if number is not None and number < 1:
             raise ValueError(f"{key} is too small ({number}): sequences need two tokens, everything else at least 1")
-    if config.seed < 0:
-        raise ValueError(f"seed must be 0 or more, not {config.seed}")
+    for key, seed in {"seed": config.seed, "data.seed": config.data.seed}.items():
+        if seed is not None and seed < 0:
+            raise ValueError(f"{key} must be 0 or more, not {seed}")
+    if config.data.planted_foreign_files is not None and not config.data.planted_noise:
+        raise ValueError("data.planted_foreign_files is for planted noise: set data.planted_noise, or leave it out")
     for key, fraction in {
         "policy.rate": policy.rate,
         "policy.max_drop_fraction": policy.max_drop_fraction,
         "data.max_bad_fraction": config.data.max_bad_fraction,
+        "data.planted_noise": config.data.planted_noise,
     }.items():
         if not 0 <= fraction <= 1:
             raise ValueError(f"{key} is a fraction from 0 to 1, not {fraction}")
-    if not 0 <= influence.adam_decay < 1:
-        raise ValueError(f"influence.adam_decay must lie in [0, 1), not {influence.adam_decay}")
-    if influence.precondition != "none" and influence.estimator not in ("lai", "lli"):
-        raise ValueError(
-            f"influence.precondition '{influence.precondition}' scales logit gradients, which estimator "
-            f"'{influence.estimator}' does not use; set it to none, or choose estimator lai or lli"
-        )
+    for key, decay in {
+        "influence.adam_decay": influence.adam_decay,
+        "influence.running_decay": influence.running_decay,
+    }.items():
+        if not 0 <= decay < 1:
+            raise ValueError(f"{key} must lie in [0, 1), not {decay}")
+    _check_influence(config)
     if policy.action == "drop" and policy.rule == "threshold" and influence.estimator in ("loss", "random"):
         raise ValueError(
             f"policy.rule 'threshold' says nothing about estimator '{influence.estimator}', whose scores all have one "
@@ -273,12 +315,63 @@ def _check(config: Config) -> None:
             f"policy.rate {policy.rate} is above policy.max_drop_fraction {policy.max_drop_fraction}: lower the one "
             "or raise the other"
         )
+    if policy.flag == "highest" and policy.action == "reweight":
+        raise ValueError("policy.flag 'highest' says what to drop; policy.action 'reweight' drops nothing: choose drop")
     if Path(config.data.prepared_dir).resolve().is_relative_to(Path(config.run_dir).resolve()):
         raise ValueError(f"data.prepared_dir must lie outside run_dir ({config.run_dir}), which a new run moves aside")
     if config.observe.eval_every_steps and config.data.eval_files is None:
         raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
     _check_fidelity(config.fidelity)
-    read_deepspeed_config(config)
+
+
+def _check_influence(config: Config) -> None:
+    """What estimator, reference and preconditioning need of each other and of the optimizer."""
+    influence, settings = config.influence, read_deepspeed_config(config)
+    scaled = {"adam_ema": ("lai", "lli"), "adam_state": ("lai", "lli", "residual", "ghost")}.get(influence.precondition)
+    if scaled and influence.estimator not in scaled:
+        raise ValueError(
+            f"influence.precondition '{influence.precondition}' scales gradients, which estimator "
+            f"'{influence.estimator}' does not use like this; set it to none, or choose {' or '.join(scaled)}"
+        )
+    optimizer, stage = settings["optimizer"].get("type", ""), settings.get("zero_optimization", {}).get("stage", 0)
+    low = [key for key in ("bf16", "fp16") if settings.get(key, {}).get("enabled")]
+    if influence.precondition == "adam_state" and optimizer.lower() not in ("adam", "adamw"):
+        raise ValueError(
+            f"influence.precondition 'adam_state' reads Adam's second moments; {config.deepspeed_config} has optimizer "
+            f"'{optimizer}'. Choose Adam or AdamW there, or another precondition"
+        )
+    if influence.precondition == "adam_state" and stage == 0 and low:
+        raise ValueError(
+            f"influence.precondition 'adam_state' is not built for ZeRO 0 in {low[0]}: set a stage of 1 to 3 in "
+            f"{config.deepspeed_config}"
+        )
+    if influence.reference == "validation" and config.data.reference_files is None:
+        raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")
+    if BUILTIN in (config.data.reference_files or []):
+        raise ValueError(f"data.reference_files: '{BUILTIN}' holds out nothing for it; give files or a hub id")
+    if influence.reference != "batch" and influence.estimator in ("none", "loss", "random"):
+        raise ValueError(
+            f"influence.reference '{influence.reference}' means nothing to estimator '{influence.estimator}', which "
+            "compares with nothing; set it to batch"
+        )
+    if config.observe.audit_every_steps and (influence.reference == "validation" or influence.estimator == "none"):
+        raise ValueError(
+            "observe.audit_every_steps compares scores with how the losses of the same units fell, which "
+            f"influence.reference '{influence.reference}' with estimator '{influence.estimator}' says nothing about; "
+            "leave it out"
+        )
+    if influence.estimator != "ghost":
+        return
+    if influence.unit == "document":
+        raise ValueError(
+            "influence.unit 'document' is not for estimator 'ghost': the gradient at a position is that of all later "
+            "losses of its sequence, of other documents too; set it to sequence"
+        )
+    if stage == 1 and settings["zero_optimization"].get("overlap_comm"):
+        raise ValueError(
+            f"estimator 'ghost' owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 "
+            f"and 3 only: set it to false in {config.deepspeed_config}"
+        )
 
 
 def _check_fidelity(fidelity: FidelityConfig) -> None:
@@ -323,6 +416,9 @@ def read_deepspeed_config(config: Config) -> dict[str, Any]:
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if not isinstance(settings.setdefault(key, 1), int) or settings[key] < 1:
             raise ValueError(f"{path}: {key} must be a whole number of at least 1, not {settings[key]!r}")
+    if config.influence.estimator == "ghost":
+        # One backward more than planned, after the last one, where something is to be dropped.
+        settings["managed_gradient_accumulation"] = False
     # DeepSpeed's progress lines would interrupt the progress bar.
     return {"steps_per_print": sys.maxsize, **settings}
 

@@ -136,28 +136,32 @@ class Samples:
 
     def batch(self, position: int, size: int, device: torch.device) -> Batch:
         """The sequences at positions `position` to `position + size`, not included."""
-        rows = self._at(self._rows, position, size)
+        return self.batch_at(list(range(position, position + size)), device)
+
+    def batch_at(self, positions: list[int], device: torch.device) -> Batch:
+        """The sequences at these positions."""
+        rows = self._at(self._rows, positions)
         ids_BT = torch.from_numpy(np.stack(rows["input_ids"]).astype(np.int64))
         documents_BT = torch.from_numpy(np.stack(rows["document_ids"]))
         labels_BT = torch.full_like(ids_BT, IGNORE)
         labels_BT[:, :-1] = ids_BT[:, 1:].where(documents_BT[:, 1:] != PADDING, IGNORE)
-        return Batch(ids_BT.to(device), labels_BT.to(device), self._units_of(rows, position))
+        return Batch(ids_BT.to(device), labels_BT.to(device), self._units_of(rows, positions))
 
     def units(self, position: int, size: int) -> list[Unit]:
         """The units of those sequences, without their tokens."""
-        return self._units_of(self._at(self._documents, position, size), position)
+        positions = list(range(position, position + size))
+        return self._units_of(self._at(self._documents, positions), positions)
 
     def tokens_of(self, sample_id: int, document_ids: list[int]) -> list[int]:
         """The tokens of a unit: those of these documents in this row."""
         row = self._rows[sample_id]
         return row["input_ids"][np.isin(row["document_ids"], document_ids)].tolist()
 
-    def _at(self, rows: datasets.Dataset, position: int, size: int) -> dict:
-        positions = range(position, position + size)
+    def _at(self, rows: datasets.Dataset, positions: list[int]) -> dict:
         indices = [int(self._permutation(self.epoch(p))[p % len(rows)]) for p in positions]
         return {"sample_id": indices, **rows[indices]}
 
-    def _units_of(self, rows: dict, position: int) -> list[Unit]:
+    def _units_of(self, rows: dict, positions: list[int]) -> list[Unit]:
         units = []
         for row, (sample_id, document_ids_T, subset) in enumerate(
             zip(rows["sample_id"], rows["document_ids"], rows["subset"], strict=True)
@@ -174,7 +178,7 @@ class Samples:
             for group in [[part] for part in parts] if self._unit == "document" else [parts]:
                 span = (row * length + group[0][2], row * length + group[-1][3])
                 documents = [document for document, *_ in group]
-                units.append(Unit(position + row, sample_id, span, documents, _largest_subset(group)))
+                units.append(Unit(positions[row], sample_id, span, documents, _largest_subset(group)))
         return units
 
 

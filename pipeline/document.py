@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["train", "eval"]
+Split = Literal["train", "eval", "reference"]
 
 
 @dataclass(frozen=True)

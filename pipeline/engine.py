@@ -256,24 +256,80 @@ def checkpoint_position(checkpoint: Path) -> int:
 def take_step(engine: DeepSpeedEngine) -> float | None:
     """DeepSpeed's step: at the end of an optimizer step the update, and its global gradient norm before clipping.
 
-    Returns None inside of the accumulation, and inf where DeepSpeed skipped an update that was not finite. ZeRO 0 in
-    float32 has no such skip: FloatingPointError is raised instead, on all ranks alike, before anything is updated.
+    Where the accumulation is ours ("managed_gradient_accumulation": false) every call is the end of one. Returns None
+    inside of the accumulation, and (accumulation ours) under ZeRO 0 in float32, where nobody knows the norm; inf where
+    DeepSpeed skipped an update that was not finite. ZeRO 0 in float32 has no such skip: FloatingPointError is raised
+    instead, on all ranks alike, before anything is updated.
     """
     norm: float | None = None
+    managed = engine.managed_gradient_accumulation()
+    boundary = engine.is_gradient_accumulation_boundary() or not managed
     plain = engine.zero_optimization_stage() == 0 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
-    if plain and engine.is_gradient_accumulation_boundary():  # where DeepSpeed keeps no norm either
+    if plain and boundary:  # where DeepSpeed keeps no norm either
         gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not managed:  # not yet averaged: only good to know whether it is finite, of all ranks
+            norm = float(collectives.all_reduce_sum(torch.tensor(norm, device=device())))
         if not math.isfinite(norm):
             raise FloatingPointError(
                 f"the gradient of step {engine.global_steps + 1} is not finite; nothing was updated. The newest "
                 "checkpoint is from before: lower the learning rate, look at the documents, resume"
             )
-    boundary = engine.is_gradient_accumulation_boundary()
     engine.step()
     if boundary and norm is None and (kept := engine.get_global_grad_norm()) is not None:
         norm = float(kept)
-    return norm
+    return norm if managed or not plain else None
+
+
+def second_moments(engine: DeepSpeedEngine) -> dict[str, tuple[Tensor, Tensor]]:
+    """Row means and column means, as torch stores it, of Adam's second moment of every weight matrix, by its name:
+    v / (1 - beta2^updates). Empty before the first update. Collective: one all-reduce of all rows and columns.
+
+    Each rank adds up its own slice of every matrix; what several ranks hold (ZeRO 0) counts once.
+    """
+    updates = engine.global_steps - engine.skipped_steps
+    if updates == 0:
+        return {}
+    matrices = {name: p for name, p in engine.module.named_parameters() if getattr(p, "ds_shape", p.shape).numel()}
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in matrices.items()}
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    sums = []
+    for name, (rows, columns) in shapes.items():
+        start, values = _own_second_moment(engine, matrices[name])
+        # Whole rows around this rank's slice.
+        first, offset = divmod(start, columns)
+        filled = values.new_zeros(-(-(offset + len(values)) // columns) * columns)
+        filled[offset : offset + len(values)] = values
+        filled_RC = filled.view(-1, columns)
+        row_sums = values.new_zeros(rows)
+        row_sums[first : first + len(filled_RC)] = filled_RC.sum(1)
+        sums += [row_sums, filled_RC.sum(0), values.new_full((1,), len(values))]
+    summed = iter(collectives.all_reduce_sum(torch.cat(sums)).split([len(part) for part in sums]))
+    betas = engine.basic_optimizer.param_groups[0]["betas"]
+    means = {}
+    for name, (rows, columns) in shapes.items():
+        row_sums, column_sums, held = next(summed), next(summed), next(summed)
+        times = held / (rows * columns) * (1 - betas[1] ** updates)
+        means[name] = (row_sums / columns / times, column_sums / rows / times)
+    return means
+
+
+def _own_second_moment(engine: DeepSpeedEngine, parameter: Any) -> tuple[int, Tensor]:
+    """This rank's slice of the flattened second moment of `parameter`, and where it starts."""
+    if hasattr(parameter, "ds_id"):
+        values = parameter._z3_optimizer.get_local_fp32_param(parameter, "exp_avg_sq")
+        start = min(collectives.rank() * len(values), parameter.ds_numel)
+        return start, values[: parameter.ds_numel - start]  # the last partition is padded
+    if not hasattr(parameter, "_hp_mapping"):
+        return 0, engine.basic_optimizer.state[parameter]["exp_avg_sq"].flatten()
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.zeros(0, device=device())
+    # Not through the mapping's own copy of the state, which is of the last step, not of a checkpoint just loaded.
+    group = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    where = mapping.hp_fragment_address
+    values = engine.basic_optimizer.state[group]["exp_avg_sq"].narrow(0, where.start, where.numel)
+    return mapping.lp_fragment_address.start, values.to(device())
 
 
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:

@@ -1,6 +1,5 @@
-"""From one forward to the scores of this rank's units: layer inputs, logit gradient, moments, one all-reduce."""
+"""From one forward, or for `ghost` its backward too, to the scores of this rank's units."""
 
-import zlib
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,104 +13,207 @@ from pipeline import collectives
 from pipeline.capture import LayerInputs
 from pipeline.config import InfluenceConfig
 from pipeline.data import Batch, Scored, Unit
-from pipeline.influence import CountSketch, SquaredGradient, influence_scores, unit_moments
+from pipeline.gradients import LayerGradients, Means
+from pipeline.influence import CountSketch, SquaredGradient, adam_factors, influence_scores, seed_of, unit_moments
 from pipeline.loss import IGNORE, Visitor
-from pipeline.model import head_layer, linear_layers
+from pipeline.model import head_layer, is_conv1d, linear_layers
+from pipeline.residual import ResidualMoments
 from pipeline.timing import Stopwatch
 
 
 class Estimator:
-    """Scores units by `config.estimator`. Two of them need the forward: `lai` and `lli`; the rest have no `capture`.
+    """Scores units by `config.estimator`: `lai` and `lli` need the forward, `ghost` (`needs_backward`) the backward
+    too, the rest neither.
 
-    Use, on every rank: for each micro-batch the forward inside `capture()`, `visit` handed to `loss.token_losses`, then
-    `add`; and `scores` for one or for several micro-batches at a time.
+    Use, on every rank: for each micro-batch the forward inside `capture()`, with `visit` handed to `loss.token_losses`;
+    for `ghost`, `watch`, the backward; then `add`. At last `scores`, for one or for several micro-batches at a time.
     """
 
     def __init__(
         self, config: InfluenceConfig, model: PreTrainedModel, seed: int, device: torch.device, timed: Stopwatch
     ) -> None:
-        self._config, self._seed, self._timed = config, seed, timed
+        self._config, self._seed, self._timed, self._device = config, seed, timed, device
         self._inputs: LayerInputs | None = None
+        self._gradients: LayerGradients | None = None
+        self._residual: ResidualMoments | None = None
         self._squared: SquaredGradient | None = None
+        self._sketch: CountSketch | None = None
+        self._scale_V: Tensor | None = None
+        self._means: Means = {}
+        self._held: dict[str, Tensor] = {}
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
-        if config.estimator not in ("lai", "lli"):
+        self._moments = config.estimator not in ("none", "loss", "random")
+        self.needs_backward = config.estimator == "ghost"
+        if not self._moments:
             return
         name, head = head_layer(model)
-        vocabulary = head.out_features
-        layers = linear_layers(model) if config.estimator == "lai" else {name: head}
-        width, self._sketch = None, None
-        if config.sketch != "none":
-            width = config.sketch.inputs
-            if config.sketch.gradients < vocabulary:
-                seed_of_logits = zlib.crc32(f"{seed}/logits".encode())
-                self._sketch = CountSketch(vocabulary, config.sketch.gradients, seed_of_logits, device)
+        layers, sketch = linear_layers(model), config.sketch
+        if self.needs_backward:
+            hashed = None if sketch == "none" else (sketch.layers, sketch.gradients)
+            self._gradients = LayerGradients(
+                model, layers, name, hashed, seed, device, partial(timed, "layer gradients")
+            )
+            self._sketch = self._gradients.logit_sketch()
+            return
+        if config.estimator == "residual":
+            widths = None if sketch == "none" else sketch
+            self._residual = ResidualMoments(model, layers, widths, seed, device, partial(timed, "layer inputs"))
+            return
+        if config.estimator == "lli":
+            layers = {name: head}
+        width = None if sketch == "none" else sketch.inputs
+        if sketch != "none" and sketch.gradients < head.out_features:
+            self._sketch = CountSketch(head.out_features, sketch.gradients, seed_of(seed, "logits"), device)
         self._inputs = LayerInputs(layers, width, seed, partial(timed, "layer inputs"))
+        names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
+        self._weights = {layer: (names[id(module.weight)], is_conv1d(module)) for layer, module in layers.items()}
+        self._head = name
         if config.precondition == "adam_ema":
-            self._squared = SquaredGradient(vocabulary, config.adam_decay, config.adam_power, device)
-            self._square_sum_V = torch.zeros(vocabulary, device=device)
+            self._squared = SquaredGradient(head.out_features, config.adam_decay, config.adam_power, device)
+            self._square_sum_V = torch.zeros(head.out_features, device=device)
 
     def capture(self) -> AbstractContextManager:
         """The `with` for the forward; it ends before the backward."""
-        return self._inputs or nullcontext()
+        return self._inputs or self._gradients or self._residual or nullcontext()
 
     @property
     def visit(self) -> Visitor | None:
         """What `token_losses` is to make of the logit gradient; None where no estimator asks for it."""
-        return self._visit if self._inputs else None
+        return self._visit if self._moments else None
 
     def norms(self) -> dict[str, Tensor]:
         """Root mean square norm of each captured layer's input in the last forward."""
-        return self._inputs.norms() if self._inputs else {}
+        source = self._inputs or self._residual
+        return source.norms() if source else {}
+
+    @property
+    def preconditioned(self) -> bool:
+        """Whether `precondition` was ever called."""
+        return bool(self._means)
+
+    def precondition(self, means: Means) -> None:
+        """`adam_state`: score in the geometry of these second moments of the optimizer until the next call.
+
+        `ghost` scales every layer's input and output gradient (`influence.adam_factors`); `lai` and `lli` scale inputs
+        by the column factors of their own layer and the logit gradient by the head's row factors; `residual`:
+        `ResidualMoments.precondition`.
+        """
+        self._means = means
+        if self._residual:
+            self._residual.precondition(means)
+        elif self._gradients:
+            self._gradients.precondition(means)
+            self._scale_V = self._gradients.logit_scale()
+        elif self._inputs:
+            for layer, (name, conv1d) in self._weights.items():
+                rows, columns = reversed(means[name]) if conv1d else means[name]
+                output_scale, self._inputs.scales[layer] = adam_factors(rows, columns)
+                if layer == self._head:
+                    self._scale_V = output_scale
+
+    def watch(self, batch: Batch, losses_BT: Tensor) -> None:
+        """Before a backward that is to be scored, with the losses that it starts from."""
+        if self._gradients:
+            self._gradients.watch(losses_BT, [unit.span for unit in batch.units])
+
+    def backward_to_inputs(self, losses_BT: Tensor) -> None:
+        """The watched backward where no weight shall have a gradient of it: only as far as the word embeddings."""
+        assert self._gradients is not None
+        torch.autograd.grad(losses_BT.sum(), self._gradients.embedded)
 
     @torch.no_grad()
     def add(self, batch: Batch, losses_BT: Tensor, feedback_NG: Tensor | None) -> None:
-        """Take in one micro-batch of this rank after its forward. Its moments are kept: 4 K G bytes a unit."""
+        """Take in one micro-batch of this rank. Its moments are kept: 4 bytes a number, K G numbers a unit."""
         losses_U, tokens_U = batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)
         finite_U = batch.whole_rows(losses_U.isfinite())
-        if self._inputs is None:
+        if not self._moments:
             basis = self._control_scores(batch.units, losses_U, tokens_U)
         else:
             assert feedback_NG is not None
+            spans = [unit.span for unit in batch.units]
             with self._timed("moments"):
-                basis = unit_moments(self._inputs.take_keys(), feedback_NG, [unit.span for unit in batch.units])
-                finite_U = batch.whole_rows(finite_U & basis.sum((1, 2)).isfinite())
+                if self._gradients:
+                    basis = self._gradients.take_moments(feedback_NG)
+                elif self._residual:
+                    basis = self._residual.take_moments(feedback_NG, spans)
+                else:
+                    assert self._inputs is not None
+                    basis = unit_moments(self._inputs.take_keys(), feedback_NG, spans)
+                basis = basis.flatten(1)
+                finite_U = batch.whole_rows(finite_U & basis.sum(1).isfinite())
                 # One sample that is not finite must not make all scores so.
-                basis = basis.where(finite_U[:, None, None], 0.0)
+                basis = basis.where(finite_U[:, None], 0.0)
         self._pending.append((basis, losses_U.where(finite_U, torch.nan), tokens_U))
 
     @torch.no_grad()
     def scores(self) -> list[Scored]:
-        """This rank's units of every micro-batch added since the last call; the reference is all of these on all ranks.
+        """This rank's units of every micro-batch added since the last call, against `config.reference`: `batch`, all of
+        these on all ranks; `running`, an exponential mean of that over the calls so far, this one included;
+        `validation`, what `hold_validation` holds.
 
         Positive helps; NaN for `none`. A unit that is not finite has NaN as its loss, and so have the others of its
-        sequence. Collective for `lai` and `lli`: one all-reduce of K x G numbers a micro-batch (and V + 1 under
-        `adam_ema`).
+        sequence. Collective where moments are needed: one all-reduce of K x G numbers a micro-batch (and V + 1 under
+        `adam_ema`; none against a validation set).
         """
         pending, self._pending = self._pending, []
-        if self._inputs is None:
+        if not self._moments:
             return [Scored(scores_U, scores_U, losses_U, tokens_U) for scores_U, losses_U, tokens_U in pending]
+        micro = self._references(pending)
         with self._timed("moments"):
-            local = [moments_UKG.sum(0).flatten() for moments_UKG, *_ in pending]
+            together, own = self._reference(micro)
+            scored = []
+            for (moments_UM, losses_U, tokens_U), micro_M in zip(pending, micro, strict=True):
+                scores_U = influence_scores(moments_UM, together, own)
+                micro_U = scores_U
+                if self._config.reference == "batch" and len(micro) > 1:
+                    micro_U = influence_scores(moments_UM, micro_M, own)
+                scored.append(Scored(scores_U, micro_U, losses_U, tokens_U))
+            return scored
+
+    @torch.no_grad()
+    def hold_validation(self) -> None:
+        """What was added since `scores` becomes the reference, until this is called again. Collective."""
+        pending, self._pending = self._pending, []
+        local = torch.stack([moments_UM.sum(0) for moments_UM, *_ in pending]).sum(0)
+        with self._timed("reduce"):
+            self._held["validation"] = collectives.all_reduce_sum(local)
+        if self._squared:  # D is of what is trained on
+            self._square_sum_V.zero_()
+
+    def _references(self, pending: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+        """The moment of each micro-batch, on all ranks together. Collective."""
+        with self._timed("moments"):
+            local = [moments_UM.sum(0) for moments_UM, *_ in pending]
             if self._squared:
                 tokens = torch.stack([tokens_U.sum() for *_, tokens_U in pending]).sum()
                 local += [self._square_sum_V, tokens.to(self._square_sum_V)[None]]
+        if self._config.reference == "validation" and not self._squared:
+            return local
         with self._timed("reduce"):
-            summed = collectives.all_reduce_sum(torch.cat(local)).split([part.numel() for part in local])
-        with self._timed("moments"):
-            if self._squared:
-                if summed[-2].isfinite().all():
-                    self._squared.update(summed[-2], float(summed[-1]))
-                self._square_sum_V.zero_()
-            references = [part.view_as(pending[0][0][0]) for part in summed[: len(pending)]]
-            reference_KG = torch.stack(references).sum(0) if len(references) > 1 else references[0]
-            scored = []
-            for (moments_UKG, losses_U, tokens_U), micro_KG in zip(pending, references, strict=True):
-                scores_U = influence_scores(moments_UKG, reference_KG, self._config.include_self)
-                micro_U = scores_U
-                if len(references) > 1:
-                    micro_U = influence_scores(moments_UKG, micro_KG, self._config.include_self)
-                scored.append(Scored(scores_U, micro_U, losses_U, tokens_U))
-            return scored
+            summed = list(collectives.all_reduce_sum(torch.cat(local)).split([part.numel() for part in local]))
+        if self._squared:
+            square_sum_V, tokens = summed[-2:]
+            if square_sum_V.isfinite().all():
+                self._squared.update(square_sum_V, float(tokens))
+                self._scale_V = self._squared.scale_V
+            self._square_sum_V.zero_()
+        return summed[: len(pending)]
+
+    def _reference(self, micro: list[Tensor]) -> tuple[Tensor, float]:
+        """The moment that scores are against, and how much of a unit's own is to be taken out of it."""
+        if self._config.reference == "validation":
+            return self._held["validation"], 0.0
+        reference = torch.stack(micro).sum(0) if len(micro) > 1 else micro[0]
+        share = 1.0
+        if self._config.reference == "running":
+            decay = self._config.running_decay
+            count = self._held.get("count", torch.zeros((), dtype=torch.float64)) + 1
+            # Bias-corrected: the weights of all moments so far add up to 1.
+            share = (1 - decay) / (1 - decay ** float(count))
+            if "running" in self._held:
+                reference = self._held["running"].lerp(reference, share)
+            self._held |= {"running": reference, "count": count}
+        return reference, 0.0 if self._config.include_self else share
 
     def _control_scores(self, units: list[Unit], losses_U: Tensor, tokens_U: Tensor) -> Tensor:
         if self._config.estimator == "loss":
@@ -123,17 +225,28 @@ class Estimator:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to score as this one would; the same on every rank."""
-        squared = self._squared
-        return {"mean_square": squared.mean_V.cpu(), "updates": squared.updates} if squared else {}
+        state: dict[str, Any] = {"held": {name: tensor.cpu() for name, tensor in self._held.items()}}
+        state["means"] = {name: (rows.cpu(), columns.cpu()) for name, (rows, columns) in self._means.items()}
+        if self._squared:
+            state |= {"mean_square": self._squared.mean_V.cpu(), "updates": self._squared.updates}
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self._squared and state:
+        self._held = {name: tensor.to(self._device) for name, tensor in state.get("held", {}).items()}
+        if means := state.get("means"):
+            self.precondition(
+                {name: (rows.to(self._device), columns.to(self._device)) for name, (rows, columns) in means.items()}
+            )
+        if self._squared and "updates" in state:
             self._squared.load(state["mean_square"], state["updates"])
+            self._scale_V = self._squared.scale_V
 
     def _visit(self, gradient_nV: Tensor) -> Tensor:
         with self._timed("logit gradient"):
             if self._squared:
                 self._square_sum_V += gradient_nV.square().sum(0)
-                if self._squared.scale_V is not None:
-                    gradient_nV *= self._squared.scale_V
+            if self._residual:
+                return self._residual.visit(gradient_nV)
+            if self._scale_V is not None:
+                gradient_nV *= self._scale_V.to(gradient_nV.dtype)
             return self._sketch(gradient_nV) if self._sketch else gradient_nV

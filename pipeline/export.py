@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline import engine, ledger
+from pipeline import engine, ledger, removal
 from pipeline.checkpoint import Progress
 from pipeline.config import Config
 from pipeline.observe import Recorder
@@ -21,13 +21,16 @@ def finish(
     run_dir = Path(config.run_dir)
     ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
     shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
+    units = ledger.counts_by_subset(ledger.read(run_dir))
     summary = {
         "run_dir": config.run_dir,
         "steps": progress.step,
         "sequences": progress.position,
         "evaluation_before": progress.evaluations.get(0),
         "evaluation_after": progress.evaluations.get(progress.step),
-        "units_by_subset": ledger.counts_by_subset(ledger.read(run_dir)),
+        "evaluations": progress.evaluations,
+        "units_by_subset": units,
+        "standing_out": removal.standing_out(units),
         "scoring_fraction": recorder.close(),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))

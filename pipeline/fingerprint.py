@@ -26,19 +26,37 @@ def fingerprint(
     data, seen = config.data, known or {}
     known_files = {
         (file["name"], file["size"], file.get("modified")): file
-        for file in [*seen.get("train_files", []), *(seen.get("eval_files") or [])]
+        for key in ("train_files", "eval_files", "reference_files", "planted_foreign_files")
+        for file in seen.get(key) or []
         if "name" in file
     }
+    planted: dict[str, Any] = {}
+    if data.planted_noise:  # without it no keys: what was prepared before there was any stays what it is
+        foreign = data.planted_foreign_files
+        planted = {
+            "planted_noise": data.planted_noise,
+            "planted_foreign_files": foreign and [_identity(source, known_files) for source in resolve(foreign)],
+        }
     return {
         "format": FORMAT,
-        "train_files": [_identity(source, known_files) for source in resolve(data.train_files)],
-        "eval_files": data.eval_files and [_identity(source, known_files) for source in resolve(data.eval_files)],
+        **{name: files and [_identity(source, known_files) for source in resolve(files)] for name, files in {
+            "train_files": data.train_files,
+            "eval_files": data.eval_files,
+            # Absent where there is none, as it was before there were any.
+            **({"reference_files": data.reference_files} if data.reference_files else {}),
+        }.items()},
         "tokenizer": {"trained": vocabulary_size(config)} if tokenizer is None else _tokenizer_identity(tokenizer),
-        "seed": config.seed,
+        "seed": preparation_seed(config),
         **{key: getattr(data, key) for key in (
             "sequence_length", "text_field", "subset_field", "max_sequences", "max_eval_sequences"
         )},
+        **planted,
     }  # fmt: skip
+
+
+def preparation_seed(config: Config) -> int:
+    """What seeds everything random in a preparation."""
+    return config.seed if config.data.seed is None else config.data.seed
 
 
 def startup_identity(config: Config) -> dict[str, str]:

@@ -10,6 +10,8 @@ because the sum over token pairs of a product of two inner products is the inner
 products: linear in tokens, no token-pair matrix, and one (K, G) matrix to sum over ranks.
 """
 
+import zlib
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,9 @@ def unit_moments(keys_NK: Tensor, feedback_NG: Tensor, spans: list[Span]) -> Ten
     return moments_UKG
 
 
-def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, include_self: bool) -> Tensor:
-    """S_u = <M_u, M>, or without the own term <M_u, M - M_u>; shape (U,), float64.
+def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, own: float) -> Tensor:
+    """S_u = <M_u, M - own M_u>; shape (U,), float64. `own` is how often the unit's own moment is in the reference and
+    shall not count: 0 leaves it in.
 
     The one owner of the sign: **positive helps**. A step along the unit's own gradient then lowers the reference's
     loss. Eq. 4 carries a leading minus while the paper's text drops "negative influence"; we return the plus, so
@@ -36,10 +39,33 @@ def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, include_self: bo
     # Summed in float64: own terms dwarf the others, and K G float32 products lose four digits on some devices.
     return torch.stack(
         [
-            (moment_KG * (reference_KG if include_self else reference_KG - moment_KG)).sum(dtype=torch.float64)
+            (moment_KG * (reference_KG - own * moment_KG if own else reference_KG)).sum(dtype=torch.float64)
             for moment_KG in moments_UKG
         ]
     )
+
+
+def adam_factors(rows_O: Tensor, columns_D: Tensor) -> tuple[Tensor, Tensor]:
+    """Scales of a layer's output gradient and input that put <a b^T, a' b'^T> into the geometry of Adam's step.
+
+    Adam divides a gradient by the root of its second moment v, so the consistent inner product is
+    sum of g g' / sqrt(v). With v ~ r c^T / mean(v), r its row means and c its column means, it separates:
+    b r^(-1/4) and a (c / mean)^(-1/4), on both sides. Rows and columns that were never used (v = 0) count as if they
+    had a millionth of the mean, so no factor exceeds 32 times that of the mean. A v that is 0 everywhere scales by 1.
+    """
+    mean = rows_O.mean()
+    if mean <= 0:
+        return torch.ones_like(rows_O), torch.ones_like(columns_D)
+    floor = _NEVER_USED * mean
+    return rows_O.clamp(min=floor) ** -0.25, (columns_D.clamp(min=floor) / mean) ** -0.25
+
+
+_NEVER_USED = 1e-6
+
+
+def seed_of(seed: int, what: str) -> int:
+    """A seed for `what` that depends on nothing but the run's and its name."""
+    return zlib.crc32(f"{seed}/{what}".encode())
 
 
 class CountSketch:
@@ -65,12 +91,18 @@ class CountSketch:
         index[:dim] = torch.randperm(dim, generator=generator)
         signs[:dim] = torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0
         self._index, self._signs = index.to(device), signs.to(device)
+        self._slots = self._index[:dim].argsort()
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """(N, dim) -> (N, width), in float32 (float64 stays)."""
         signed = x_ND.index_select(1, self._index) * self._signs.to(x_ND.dtype)
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         return signed.view(len(x_ND), -1, self.width).sum(1, dtype=dtype)
+
+    def of(self, coordinates_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Bucket and sign of each coordinate: what the sketch makes of that basis vector."""
+        slots_N = self._slots[coordinates_N]
+        return slots_N % self.width, self._signs[slots_N]
 
 
 class SquaredGradient:

@@ -67,3 +67,20 @@ def head_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
         if module is head and isinstance(module, nn.Linear):
             return name, module
     raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a linear map stores its weight as (inputs, outputs), as GPT-2's do."""
+    return isinstance(module, Conv1D)
+
+
+def final_norm(model: PreTrainedModel) -> nn.Module:
+    """The norm before the LM head. Raises ValueError where the model's last module is none."""
+    for name in ("ln_f", "norm", "final_layer_norm"):
+        for module in (model.base_model, getattr(model.base_model, "decoder", None)):
+            if (norm := getattr(module, name, None)) is not None:
+                return norm
+    raise ValueError(
+        f"{type(model).__name__} has no final norm by a name that is known here (ln_f, norm, final_layer_norm), which "
+        "estimator 'residual' needs; choose another estimator"
+    )

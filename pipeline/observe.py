@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from pipeline import ledger
+from pipeline import ledger, removal
 from pipeline.config import Config, to_yaml
 from pipeline.data import Samples, UnitTable
 from pipeline.policy import Decision
@@ -34,6 +34,7 @@ _LAYOUT = {
     "Training": {
         "loss of what was kept": ["Multiline", ["train/loss"]],
         "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]],
+        "scores against what losses did": ["Multiline", ["influence/audit_pearson"]],
     },
 }
 
@@ -144,6 +145,8 @@ class TensorBoard:
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
         self._count(rows)
+        self._step = step
+        self._seen_standing_out = {(row["subset"], row["stands_out"]) for row in self._standing_out()}
         self._writer.add_custom_scalars(_LAYOUT)
 
     @property
@@ -159,8 +162,11 @@ class TensorBoard:
             self._writer.add_scalar(tag, value, step)
 
     def influence(self, rows: pa.Table, step: int, histogram: bool) -> None:
-        """Kept and removed units of one optimizer step, and in total and by subset since the run began."""
+        """Kept and removed units of one optimizer step, and in total and by subset since the run began.
+
+        With `histogram` also that of the scores, and a warning where a subset begins to stand out."""
         self._count(rows)
+        self._step = step
         removed = len(rows) - rows["kept"].to_pylist().count(True)
         total, units = self._removed.total(), self._units.total()
         self.scalars(
@@ -185,6 +191,10 @@ class TensorBoard:
         scores = rows["score"].drop_null().to_numpy()
         if histogram and len(scores):
             self._writer.add_histogram("influence/score", scores, step)
+        if histogram:
+            new = [r for r in self._standing_out() if (r["subset"], r["stands_out"]) not in self._seen_standing_out]
+            self._seen_standing_out |= {(row["subset"], row["stands_out"]) for row in new}
+            self._warn(new, step)
 
     def removed_texts(self, rows: pa.Table, text_of: Callable[[dict[str, Any]], str], step: int) -> None:
         """The worst few of the removed units among `rows`, decoded by `text_of(row)`, one after another."""
@@ -198,7 +208,17 @@ class TensorBoard:
         self._writer.flush()
 
     def close(self) -> None:
+        """Close the files; a last text says which subsets stand out at the end."""
+        self._warn(self._standing_out(), self._step)
         self._writer.close()
+
+    def _standing_out(self) -> list[dict[str, Any]]:
+        return removal.standing_out({name: (units, self._removed[name]) for name, units in self._units.items()})
+
+    def _warn(self, rows: list[dict[str, Any]], step: int) -> None:
+        if rows:
+            text = "\n".join(f"- {removal.in_words(row)}" for row in rows)
+            self._writer.add_text("influence/standing_out", text, step)
 
     def _count(self, rows: pa.Table) -> None:
         for subset, (units, removed) in ledger.counts_by_subset(rows).items():
@@ -208,7 +228,7 @@ class TensorBoard:
 
 def _scoring(seconds: Mapping[str, float]) -> float:
     """What scoring took: all named parts of a step. A forward for scoring alone has two of them inside."""
-    inside = {"step", *({"layer inputs", "logit gradient"} if "scoring forward" in seconds else ())}
+    inside = {"step", "audit", *({"layer inputs", "logit gradient"} if "scoring forward" in seconds else ())}
     return sum(value for part, value in seconds.items() if part not in inside)
 
 
@@ -245,6 +265,8 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_row("all", *_bits(before, after, None), str(scored), str(removed), _percent(removed, scored))
     console = Console()
     console.print(table)
+    for row in summary["standing_out"]:
+        console.print(f"stands out: {removal.in_words(row)}", style="yellow", markup=False, soft_wrap=True)
     console.print(
         f"scoring took {_percent(summary['scoring_fraction'] or 0, 1)} % of the time of a step\n"
         f"ledger:      {summary['run_dir']}/ledger/*.parquet (one row per scored unit)\n"

@@ -32,18 +32,20 @@ def decide(
 
     Flagged are scores below `policy.threshold`, or the lowest `policy.rate` of the units: a fraction of a unit is
     rounded up or down at random, with a generator that all ranks share because it is seeded by (seed, batch). Ties go
-    by position, the earlier first. At most floor(max_drop_fraction * units) are dropped, worst first. `reweight` gives
-    every unit the positive part of its score, scaled to mean 1, however many that makes 0; where no score is positive,
-    the weights stay 1. Units without labelled tokens or without a score are neither flagged nor counted. Units that are
-    not `finite` (in loss or score) get weight 0 whatever the policy.
+    by position, the earlier first. With `policy.flag: highest` it is the highest, or those above the threshold. At
+    most floor(max_drop_fraction * units) are dropped, worst first. `reweight` gives every unit the positive part of its
+    score, scaled to mean 1, however many that makes 0; where no score is positive, the weights stay 1. Units without
+    labelled tokens or without a score are neither flagged nor counted. Units that are not `finite` (in loss or score)
+    get weight 0 whatever the policy.
     """
     scores, counted = scores.double(), (tokens > 0) & scores.isfinite() & finite
+    sign = -1.0 if policy.flag == "highest" else 1.0
     units = int(counted.sum())
     place = torch.empty(len(scores), dtype=torch.long)
-    order = scores.masked_fill(~counted, torch.inf).argsort(stable=True)
+    order = (sign * scores).masked_fill(~counted, torch.inf).argsort(stable=True)
     place[order] = torch.arange(len(scores))
     if policy.rule == "threshold":
-        flagged = (scores < policy.threshold) & counted
+        flagged = (sign * scores < sign * policy.threshold) & counted
     else:
         flagged = (place < _stochastic_round(policy.rate * units, seed, batch)) & counted
     dropped = flagged & (place < int(policy.max_drop_fraction * units + 1e-9))

@@ -1,6 +1,6 @@
 """Documents -> tokens -> packed rows on disk, with a fingerprint of what made them. One pass, bounded memory.
 
-    prepared_dir/train/ eval/        rows (see `load_split`), memory-mapped by `datasets`
+    prepared_dir/train/ eval/ reference/ rows (see `load_split`), memory-mapped by `datasets`
     prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
                                      tokens (in the rows, with its eos), bytes (UTF-8, of these tokens)
     prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -34,9 +34,11 @@ from pipeline.collectives import launched_rank
 from pipeline.config import Config, exit_on_user_error, parse
 from pipeline.corpus import Problems, read_documents
 from pipeline.document import Document, Split
-from pipeline.fingerprint import changes, fingerprint
+from pipeline.fingerprint import changes, fingerprint, preparation_seed
+from pipeline.planted import Planter
 from pipeline.tokenizer import encode, load_tokenizer, train_tokenizer
 
+SPLITS = get_args(Split)
 BATCH_DOCUMENTS = 1_000
 BATCH_CHARACTERS = 8_000_000  # the tokenizer takes some 140 bytes a character (and a longer document all of it)
 SOURCES = pa.schema(
@@ -48,8 +50,8 @@ SOURCES = pa.schema(
 def ensure_prepared(config: Config) -> None:
     """On rank 0, prepare where `data.prepared_dir` is missing; on the others, wait for it. Before any process group.
 
-    Raises ValueError, on rank 0, where it was made of something else; an eval split that the config does not ask for
-    is no difference.
+    Raises ValueError, on rank 0, where it was made of something else; held-out splits that the config does not ask for
+    are no difference.
     """
     directory = Path(config.data.prepared_dir)
     if rank := launched_rank():
@@ -64,8 +66,10 @@ def ensure_prepared(config: Config) -> None:
         return prepare(config)
     old = load_fingerprint(directory)
     new = fingerprint(config, load_tokenizer(config), known=old)
-    if config.data.eval_files is None:
-        old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
+    if config.data.reference_files is None:
+        old.pop("reference_files", None)
+        if config.data.eval_files is None:
+            old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
     if differences := changes(old, new):
         raise ValueError(
             f"data.prepared_dir: {directory} was prepared from something else:\n{differences}\n"
@@ -107,6 +111,8 @@ def prepare(config: Config) -> None:
         report = {"train": _write_split(config, "train", tokenizer, temporary)}
         if config.data.eval_files is not None:
             report["eval"] = _write_split(config, "eval", tokenizer, temporary)
+        if config.data.reference_files is not None:
+            report["reference"] = _write_split(config, "reference", tokenizer, temporary)
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "report.json").write_text(json.dumps(report, indent=2))
         (temporary / "fingerprint.json").write_text(json.dumps(new, indent=2))
@@ -138,6 +144,8 @@ def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
     document_ids (int64): of every token, counting up from 0 in the split; -1 is padding, at the end of the last row.
     subset (strings): of each document of the row, in the order of their first tokens.
 
+    With `data.planted_noise`, some training rows hold noise instead: see `Planter`.
+
     Raises ValueError where the split was not prepared.
     """
     path = Path(prepared_dir) / split
@@ -155,7 +163,8 @@ def load_fingerprint(prepared_dir: str | Path) -> dict[str, Any]:
 
 def load_report(prepared_dir: str | Path) -> dict[str, Any]:
     """Per split: documents, tokens, bytes, sequences, padding (tokens), subsets (documents, tokens, bytes of each),
-    problems (count of each kind) and first_problems (file, line, what). Raises ValueError where there is none."""
+    problems (count of each kind) and first_problems (file, line, what); where noise was planted, planted (training
+    sequences replaced by each kind; documents and tokens are those before). Raises ValueError where there is none."""
     return _load_json(Path(prepared_dir) / "report.json")
 
 
@@ -171,12 +180,18 @@ def _load_json(path: Path) -> dict[str, Any]:
 def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, Any]:
     """Write the rows and the sources of a split under `directory`; returns its part of the report."""
     data = config.data
-    files, most = data.train_files, data.max_sequences
-    if split == "eval":
-        files, most = data.eval_files or [], data.max_eval_sequences
+    files, most = {
+        "train": (data.train_files, data.max_sequences),
+        "eval": (data.eval_files or [], data.max_eval_sequences),
+        "reference": (data.reference_files or [], data.max_eval_sequences),
+    }[split]
     problems = Problems(data.max_bad_fraction)
     documents = problems.leave_out(read_documents(files, data, split))
     subsets: dict[str, Counter[str]] = {}
+    planter = None
+    if split == "train" and data.planted_noise:
+        foreign = None if data.planted_foreign_files is None else _foreign_tokens(config, tokenizer)
+        planter = Planter(data.planted_noise, preparation_seed(config), len(tokenizer), foreign)
     (directory / "documents").mkdir(exist_ok=True)
 
     def encoded() -> Iterator[list[tuple[str, np.ndarray]]]:
@@ -184,8 +199,8 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
         room = None if most is None else most * data.sequence_length  # tokens that still fit
         document_id = 0
         for number, batch in enumerate(_batches(documents)):
-            order = np.random.default_rng([config.seed, split == "eval", number]).permutation(len(batch))
-            batch = [batch[index] for index in order]
+            order = np.random.default_rng([preparation_seed(config), SPLITS.index(split), number])
+            batch = [batch[index] for index in order.permutation(len(batch))]
             taken: list[tuple[str, np.ndarray]] = []
             rows: list[dict[str, Any]] = []
             for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
@@ -219,7 +234,7 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
     ):
         sequences = 0
         for rows in _pack(encoded(), data.sequence_length, tokenizer.eos_token_id, schema):
-            writer.write_batch(rows)
+            writer.write_batch(planter(rows) if planter else rows)
             sequences += rows.num_rows
     problems.check(problems.limit)
     if not sequences:
@@ -234,7 +249,21 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
         "subsets": {name: dict(subsets[name]) for name in sorted(subsets)},
         "problems": dict(problems.kinds),
         "first_problems": [asdict(problem) for problem in problems.first],
+        **({"planted": dict(planter.counts)} if planter else {}),
     }
+
+
+def _foreign_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """The tokens of the documents of `data.planted_foreign_files`, again and again. Raises ValueError where there are
+    none."""
+    files = config.data.planted_foreign_files or []
+    while True:
+        documents = (d for d in read_documents(files, config.data, "train") if isinstance(d, Document))
+        batch: list[Document] = []
+        for batch in _batches(documents):
+            yield from encode(tokenizer, [document.text for document in batch])
+        if not batch:
+            raise ValueError(f"data.planted_foreign_files: no document in {files}")
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
@@ -291,6 +320,7 @@ def _table(report: dict[str, Any]) -> str:
             size = f"{counts['documents']:12,} {counts['tokens']:16,} {counts['bytes'] / 1e6:10,.2f}"
             lines.append(f"{split:5} {name:24} {size}")
         lines.append(f"{split:5} {part['sequences']:,} sequences, {part['padding']:,} tokens of padding")
+        lines += [f"{split:5} planted: {count:,} x {kind}" for kind, count in part.get("planted", {}).items()]
         lines += [f"{split:5} left out: {count:,} x {what}" for what, count in part["problems"].items()]
     return "\n".join(lines)
 

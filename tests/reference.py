@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.data import Batch
 from pipeline.loss import IGNORE
 
 
@@ -51,3 +52,18 @@ def token_pair_scores(
     if not include_self:
         pairs_BB = pairs_BB - pairs_BB.diag().diag()
     return pairs_BB.sum(1)
+
+
+def token_pair_moments(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """LAI's moment of every sample, whole: (B, sum of input widths x V), so that Eq. 4 is an inner product of two."""
+    inputs, hooks = [], []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            hooks.append(module.register_forward_hook(lambda _m, args, _out: inputs.append(args[0])))
+    with torch.no_grad():
+        logits_BTV = model(input_ids=batch.input_ids_BT).logits
+    for hook in hooks:
+        hook.remove()
+    onehot_BTV = F.one_hot(batch.labels_BT.clamp(min=0), logits_BTV.shape[2])
+    feedback_BTV = (logits_BTV.softmax(2) - onehot_BTV) * (batch.labels_BT != IGNORE)[:, :, None]
+    return torch.einsum("btd,btv->bdv", torch.cat(inputs, dim=2).double(), feedback_BTV.double()).flatten(1)

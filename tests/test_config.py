@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from pipeline.config import Config, parse, read_deepspeed_config, to_dict, to_yaml
-from tests.runs import deepspeed_json
+from tests.runs import ADAM, deepspeed_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -26,6 +26,25 @@ def parsed(options, **overrides) -> Config:
     return parse("pipeline.train", [f"--{key}={value}" for key, value in arguments.items()])
 
 
+@pytest.mark.parametrize(
+    ("stage", "settings", "overrides", "message"),
+    [
+        (0, {"bf16": {"enabled": True}}, {"influence__precondition": "adam_state"}, "not built for ZeRO 0 in bf16"),
+        (
+            1,
+            {"zero_optimization": {"stage": 1, "overlap_comm": True}},
+            {"influence__estimator": "ghost"},
+            "overlap_comm",
+        ),
+    ],
+)
+def test_what_the_deepspeed_json_cannot_do_is_refused(options, tmp_path, capsys, stage, settings, overrides, message):
+    deepspeed = deepspeed_json(tmp_path / "other.json", stage, **{"optimizer": ADAM} | settings)
+    with pytest.raises(SystemExit):
+        parsed(options | {"deepspeed_config": str(deepspeed)}, **overrides)
+    assert message in capsys.readouterr().err
+
+
 def test_yaml_round_trip_gives_an_equal_config(options, tmp_path):
     config = parsed(options, influence__sketch="none", policy__rule="rate", data__train_files='["a.txt", "b.txt"]')
     (tmp_path / "c.yaml").write_text(to_yaml(config))
@@ -43,9 +62,15 @@ def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"influence__estimator": "ghost"}, "influence.estimator: 'ghost' is not built yet"),
-        ({"influence__reference": "validation"}, "influence.reference: 'validation' is not built yet"),
-        ({"influence__precondition": "adam_state"}, "influence.precondition: 'adam_state' is not built yet"),
+        ({"influence__estimator": "ip"}, "influence.estimator: 'ip' takes a backward a sample"),
+        ({"influence__reference": "validation"}, "needs data.reference_files, which is not set"),
+        ({"influence__reference": "validation", "data__reference_files": "builtin"}, "holds out nothing"),
+        ({"influence__estimator": "random", "influence__reference": "running"}, "which compares with nothing"),
+        ({"influence__precondition": "adam_state"}, "has optimizer 'SGD'"),
+        ({"influence__estimator": "ghost", "influence__precondition": "adam_ema"}, "choose lai or lli"),
+        ({"influence__estimator": "ghost", "influence__unit": "document"}, "set it to sequence"),
+        ({"influence__running_decay": 1.0}, "influence.running_decay must lie in [0, 1)"),
+        ({"observe__audit_every_steps": 2, "influence__estimator": "none"}, "leave it out"),
         ({"influence__passes": "score_first"}, "influence.passes: 'score_first' is not built yet"),
         ({"influence__estimator": "magic"}, "magic"),
         ({"influnce__estimator": "lai"}, "influnce.estimator"),
@@ -58,6 +83,10 @@ def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options,
         ({"influence__estimator": "loss"}, "set policy.rule to rate"),
         ({"data__sequence_length": 1}, "data.sequence_length is too small"),
         ({"seed": -1}, "seed must be 0 or more"),
+        ({"data__seed": -1}, "data.seed must be 0 or more"),
+        ({"data__planted_noise": 2}, "data.planted_noise is a fraction"),
+        ({"data__planted_foreign_files": "f.txt"}, "set data.planted_noise"),
+        ({"policy__flag": "highest", "policy__action": "reweight"}, "'reweight' drops nothing"),
         ({"observe__eval_every_steps": 5}, "needs data.eval_files"),
         ({"deepspeed_config": "nowhere.json"}, "deepspeed_config: no file nowhere.json"),
     ],

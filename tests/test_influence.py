@@ -22,7 +22,7 @@ def test_moment_form_equals_the_quadruple_loop_of_eq_4(samples, tokens, widths, 
     feedback = torch.randn(samples, tokens, vocabulary, generator=generator, dtype=torch.float64)
     spans = [(j * tokens, (j + 1) * tokens) for j in range(samples)]
     moments = unit_moments(torch.cat(inputs, dim=2).flatten(0, 1), feedback.flatten(0, 1), spans)
-    scores = influence_scores(moments, moments.sum(0), include_self)
+    scores = influence_scores(moments, moments.sum(0), own=0.0 if include_self else 1.0)
     expected = quadruple_loop(inputs, feedback, include_self)
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
@@ -39,7 +39,7 @@ def test_positive_helps_a_step_along_the_unit_lowers_the_reference_loss():
 
     feedback = ((x @ weight.T).softmax(1) - torch.nn.functional.one_hot(labels, 5)).detach()
     moments = unit_moments(x, feedback, [(i, i + 1) for i in range(6)])
-    scores = influence_scores(moments, moments.sum(0), include_self=True)
+    scores = influence_scores(moments, moments.sum(0), own=0.0)
     for i in range(6):
         (gradient,) = torch.autograd.grad(losses(weight)[i], weight)
         fall = (losses(weight).sum() - losses(weight - 1e-6 * gradient).sum()) / 1e-6

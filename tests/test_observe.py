@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline import ledger
+from pipeline import ledger, removal
 from pipeline.ledger import counts_by_subset
+from pipeline.observe import TensorBoard, print_summary
 from tests.runs import ADAM, config_of, deepspeed_json, run
 
 
@@ -139,8 +141,75 @@ def test_summary_says_what_the_ledger_says(finished):
     summary = json.loads(Path(run_dir, "summary.json").read_text())
     assert {k: tuple(v) for k, v in summary["units_by_subset"].items()} == counts_by_subset(ledger.read(run_dir))
     assert summary["evaluation_after"]["all"]["loss"] == pytest.approx(scalars(events, "validation/loss/all")[6])
+    assert summary["standing_out"] == removal.standing_out(summary["units_by_subset"])
     assert summary["sequences"] == 48
     assert 0 < summary["scoring_fraction"] < 1
+
+
+def test_summary_holds_every_evaluation(finished):
+    """Catches a summary of the part after the resume alone."""
+    run_dir, events, _ = finished
+    summary = json.loads(Path(run_dir, "summary.json").read_text())
+    losses = {int(step): figures["all"]["loss"] for step, figures in summary["evaluations"].items()}
+    assert losses == pytest.approx(scalars(events, "validation/loss/all"))
+    assert summary["evaluations"]["0"] == summary["evaluation_before"]
+    assert summary["evaluations"]["6"] == summary["evaluation_after"]
+
+
+def step_rows(step, removed):
+    """20 units of each of two subsets, `removed` of those of `bad` and one of the others removed."""
+    kept = [index >= removed for index in range(20)] + [index > 0 for index in range(20)]
+    everywhere = {"micro_step": 0, "rank": 0, "epoch": 0, "tokens": 5, "loss": 1.0, "score": 0.5, "reason": ""}
+    own = {"position": list(range(40)), "sample_id": list(range(40)), "document_ids": [[0]] * 40}
+    subsets = ["bad"] * 20 + ["usual"] * 20
+    weights = [float(value) for value in kept]
+    return ledger.table({"step": step, **everywhere, **own, "subset": subsets, "kept": kept, "weight": weights})
+
+
+def standing_out(run_dir):
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"tensors": 0}).Reload()
+    tag = "influence/standing_out/text_summary"
+    if tag not in events.Tags()["tensors"]:
+        return {}
+    return {event.step: event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)}
+
+
+def test_a_subset_that_stands_out_is_warned_of_once_and_at_the_end(tmp_path):
+    """Catches a warning at every look, and one about a subset of too few units to say anything."""
+    board = TensorBoard(tmp_path, 0, ledger.SCHEMA.empty_table())
+    for step in range(1, 7):
+        board.influence(step_rows(step, removed=12), step, histogram=True)
+    board.close()
+    texts = standing_out(tmp_path)
+    assert list(texts) == [2, 6]
+    assert texts[2].startswith("- bad: 60.0 % of 40 units removed")
+    assert "more than the 5.0 % of all others" in texts[2]
+    assert "bad: 60.0 % of 120 units" in texts[6]
+
+
+def test_a_resumed_run_does_not_warn_again_before_the_end(tmp_path):
+    before = [step_rows(step, removed=12) for step in range(1, 4)]
+    board = TensorBoard(tmp_path, 3, pa.concat_tables(before))
+    board.influence(step_rows(4, removed=12), 4, histogram=True)
+    board.influence(step_rows(5, removed=12), 5, histogram=True)
+    board.close()
+    assert list(standing_out(tmp_path)) == [5]
+
+
+def test_nothing_is_said_where_nothing_stands_out(tmp_path):
+    board = TensorBoard(tmp_path, 0, ledger.SCHEMA.empty_table())
+    for step in range(1, 7):
+        board.influence(step_rows(step, removed=1), step, histogram=True)
+    board.close()
+    assert standing_out(tmp_path) == {}
+
+
+def test_the_table_at_the_end_names_what_stands_out(finished, capsys):
+    summary = json.loads(Path(finished[0], "summary.json").read_text())
+    units = {"bad": (100, 60), "usual": (100, 5)}
+    print_summary(summary | {"units_by_subset": units, "standing_out": removal.standing_out(units)})
+    out = capsys.readouterr().out
+    assert "stands out: bad: 60.0 % of 100 units removed (95 % interval 50.2 to 69.1)" in out
 
 
 def test_private_corpora_leave_no_text_in_tensorboard(ranks, corpus, tiny_model, tmp_path):

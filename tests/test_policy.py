@@ -48,6 +48,28 @@ def test_fractions_of_a_unit_are_rounded_at_random_to_the_right_mean():
     assert dropped != [weights(policy, batch=m, seed=1).count(0) for m in range(2000)]
 
 
+def test_the_inverted_arm_drops_the_highest():
+    """Catches an inversion of the rate but not of the threshold, or of the guard's order."""
+    assert weights(PolicyConfig(rule="rate", rate=0.25, flag="highest")) == [1, 1, 1, 1, 1, 0, 1, 0]
+    assert weights(PolicyConfig(threshold=3.0, flag="highest")) == [1, 1, 1, 1, 1, 0, 1, 0]
+    guarded = PolicyConfig(threshold=0.0, flag="highest", max_drop_fraction=0.25)
+    assert weights(guarded) == [1, 1, 1, 1, 1, 0, 1, 0]
+
+
+def test_the_inverted_arm_drops_as_many_as_the_arm_it_controls():
+    arms = [PolicyConfig(rule="rate", rate=0.1, flag=flag) for flag in ("lowest", "highest")]
+    for batch in range(20):
+        lowest, highest = (weights(policy, batch=batch).count(0) for policy in arms)
+        assert lowest == highest
+
+
+def test_the_inverted_arm_leaves_units_without_labels_or_scores_alone():
+    """Catches units without a score that become the highest once the sign is turned."""
+    tokens, scores = EVEN.clone(), ALL.clone()
+    tokens[7], scores[5] = 0, torch.nan
+    assert weights(PolicyConfig(rule="rate", rate=1 / 6, flag="highest"), scores, tokens) == [0, 1, 1, 1, 1, 1, 1, 1]
+
+
 def test_ties_are_broken_by_position():
     assert weights(PolicyConfig(rule="rate", rate=0.25), torch.zeros(8)) == [0, 0, 1, 1, 1, 1, 1, 1]
 
@@ -87,13 +109,15 @@ def test_reweight_without_a_positive_score_leaves_the_weights():
     scores=st.lists(st.floats(-10, 10, width=32), min_size=1, max_size=40),
     fraction=st.floats(0, 1),
     rule=st.sampled_from(["threshold", "rate"]),
+    flag=st.sampled_from(["lowest", "highest"]),
 )
-def test_never_more_than_the_guard_and_never_a_better_one_before_a_worse(scores, fraction, rule):
+def test_never_more_than_the_guard_and_never_a_better_one_before_a_worse(scores, fraction, rule, flag):
     scores = torch.tensor(scores)
-    policy = replace(PolicyConfig(), rule=rule, rate=0.7, threshold=3.0, max_drop_fraction=fraction)
+    policy = replace(PolicyConfig(), rule=rule, flag=flag, rate=0.7, threshold=3.0, max_drop_fraction=fraction)
     got = decide(scores, torch.ones(len(scores)), torch.ones(len(scores)) > 0, policy, 1, 0, 0).weights
     assert (got == 0).sum() <= fraction * len(scores) + 1e-6
     if (got == 0).any() and (got == 1).any():
+        scores = -scores if flag == "highest" else scores
         assert scores[got == 0].max() <= scores[got == 1].min()
 
 

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -216,6 +217,125 @@ def test_max_sequences_stops_the_reading_and_fills_every_row(tmp_path, small_tok
     assert (len(rows(config)), report["train"]["tokens"], report["train"]["padding"]) == (5, 5 * 32, 0)
     assert (len(rows(config, "eval")), report["eval"]["tokens"]) == (1, 32)
     assert sum(s["tokens"] for s in sources(config)) == 5 * 32
+
+
+# Planted noise
+
+
+@pytest.fixture
+def planted(tmp_path, small_tokenizer):
+    """The same documents, foreign ones aside, prepared without noise and with."""
+    (tmp_path / "foreign.txt").write_text("ÆØÅ " * 300)
+    file = write(tmp_path / "f.jsonl", 200)
+    clean = make_config(tmp_path, small_tokenizer, file, eval_files=file, prepared_dir=str(tmp_path / "clean"))
+    noise = {"planted_noise": 0.2, "planted_foreign_files": str(tmp_path / "foreign.txt")}
+    noisy = remade(clean, prepared_dir=str(tmp_path / "noisy"), **noise)
+    for config in (clean, noisy):
+        prepare(config)
+    return clean, noisy
+
+
+def planted_kinds(config: Config) -> list[str | None]:
+    """What was planted in each row; None for those that are what they were."""
+    kinds = []
+    for row in rows(config):
+        [kind] = {name.removeprefix("planted/") if name.startswith("planted/") else None for name in row["subset"]}
+        kinds.append(kind)
+    return kinds
+
+
+def test_the_fraction_is_kept_in_equal_shares_and_the_report_says_so(planted):
+    kinds = planted_kinds(planted[1])
+    counts = {kind: kinds.count(kind) for kind in ("uniform", "shuffled", "repeated", "foreign")}
+    assert abs(sum(counts.values()) - 0.2 * len(kinds)) <= 1
+    assert max(counts.values()) - min(counts.values()) <= 1
+    assert load_report(planted[1].data.prepared_dir)["train"]["planted"] == counts
+    assert "planted" not in load_report(planted[0].data.prepared_dir)["train"]
+
+
+def test_every_other_row_document_id_and_held_out_row_is_what_it_was(planted):
+    """Catches noise whose draws shift the shuffle of documents, and a held-out split that is no longer comparable."""
+    clean, noisy = planted
+    for kind, before, after in zip(planted_kinds(noisy), rows(clean), rows(noisy), strict=True):
+        assert after["document_ids"] == before["document_ids"]
+        assert len(after["subset"]) == len(before["subset"])
+        if kind is None:
+            assert after == before
+        else:
+            assert after["input_ids"] != before["input_ids"]
+    assert rows(noisy, "eval") == rows(clean, "eval")
+    assert sources(noisy) == sources(clean)
+
+
+def test_each_kind_is_what_it_says(planted, small_tokenizer):
+    clean, noisy = planted
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    foreign = iter(tokenizer("ÆØÅ " * 300, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id])
+    seen: set[int] = set()
+    for kind, before, after in zip(planted_kinds(noisy), rows(clean), rows(noisy), strict=True):
+        real = sum(owner >= 0 for owner in before["document_ids"])
+        old, new = before["input_ids"][:real], after["input_ids"][:real]
+        assert after["input_ids"][real:] == before["input_ids"][real:]
+        if kind == "shuffled":
+            assert sorted(new) == sorted(old)
+        elif kind == "repeated":
+            assert new[8:] == new[:-8]
+            assert any(old[start : start + 8] == new[:8] for start in range(real - 7))
+        elif kind == "foreign":
+            assert new == [next(foreign) for _ in new]
+        elif kind == "uniform":
+            assert len(set(new)) > 20
+            seen |= set(new)
+    assert min(seen) >= 0
+    assert len(seen) > 150
+    assert max(seen) < len(tokenizer)
+
+
+def test_planted_noise_does_not_depend_on_batches_and_follows_the_seed(planted, monkeypatch, tmp_path):
+    """Catches a generator that runs on from row to row of a batch."""
+    _, noisy = planted
+    again = remade(noisy, prepared_dir=str(tmp_path / "again"))
+    whole = module._pack
+    one_by_one = lambda *arguments: (b.slice(i, 1) for b in whole(*arguments) for i in range(b.num_rows))  # noqa: E731
+    monkeypatch.setattr(module, "_pack", one_by_one)
+    prepare(again)
+    assert rows(again) == rows(noisy)
+    starts = set()
+    for seed in range(4):
+        other = remade(noisy, seed=seed, prepared_dir=str(tmp_path / f"seed{seed}"))
+        prepare(other)
+        starts.add(next(index for index, kind in enumerate(planted_kinds(other)) if kind))
+    assert len(starts) > 1
+
+
+def test_foreign_text_is_left_out_where_none_is_given_and_refused_where_it_is_empty(planted, tmp_path):
+    without = remade(planted[1], planted_foreign_files=None, prepared_dir=str(tmp_path / "without"))
+    prepare(without)
+    assert set(planted_kinds(without)) == {None, "uniform", "shuffled", "repeated"}
+    (tmp_path / "empty.jsonl").write_text("{}\n")
+    empty = {"planted_foreign_files": str(tmp_path / "empty.jsonl"), "prepared_dir": str(tmp_path / "refused")}
+    with pytest.raises(ValueError, match=r"data\.planted_foreign_files: no document"):
+        prepare(remade(planted[1], **empty))
+
+
+def test_planted_noise_is_part_of_what_a_preparation_was_made_of(planted):
+    clean, noisy = planted
+    with pytest.raises(ValueError, match=r"planted_noise: 'absent' -> 0\.2"):
+        ensure_prepared(remade(clean, planted_noise=0.2))
+    with pytest.raises(ValueError, match=r"planted_noise: 0\.2 -> 'absent'"):
+        ensure_prepared(remade(noisy, planted_noise=0.0, planted_foreign_files=None))
+    with pytest.raises(ValueError, match=r"planted_foreign_files"):
+        ensure_prepared(remade(noisy, planted_foreign_files=None))
+    ensure_prepared(noisy)
+    assert "planted_noise" not in load_fingerprint(clean.data.prepared_dir)
+
+
+def test_runs_of_several_seeds_share_what_was_prepared_with_a_seed_of_its_own(tmp_path, small_tokenizer):
+    first = make_config(tmp_path, small_tokenizer, write(tmp_path / "f.jsonl", 30), seed=1)
+    ensure_prepared(first)
+    with pytest.raises(ValueError, match="seed: 1 -> 2"):
+        ensure_prepared(remade(first, seed=2))
+    ensure_prepared(replace(first, seed=2, data=replace(first.data, seed=1)))
 
 
 # What a preparation was made of

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from pipeline import engine, ledger
 from pipeline import estimator as estimator_module
+from pipeline import step as step_module
 from pipeline import train as train_module
 from pipeline.config import Config, read_deepspeed_config
 from pipeline.data import Samples
@@ -374,12 +375,12 @@ def run_with_overflow(config: Config, at_step: int) -> None:
             loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss
 
-    original = train_module.weighted_mean
-    train_module.weighted_mean = weighted_mean
+    original = step_module.weighted_mean
+    step_module.weighted_mean = weighted_mean
     try:
         run(config)
     finally:
-        train_module.weighted_mean = original
+        step_module.weighted_mean = original
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(1, True), (2, True), (3, True), (2, False), (3, False)])

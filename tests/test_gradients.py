@@ -1,0 +1,179 @@
+"""Moments out of a backward against autograd, one sample at a time."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config import InfluenceConfig, SketchConfig
+from pipeline.data import Batch, Unit
+from pipeline.estimator import Estimator
+from pipeline.influence import adam_factors
+from pipeline.loss import IGNORE, token_losses
+from pipeline.timing import Stopwatch
+from tests.models import VOCABULARY, tiny
+
+CPU = torch.device("cpu")
+SAMPLES, TOKENS = 4, 10
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def model_of(kind: str):
+    model = tiny(kind).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(5)
+    return model
+
+
+def batch_of(seed: int = 0, samples: int = SAMPLES) -> Batch:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, VOCABULARY, (samples, TOKENS), generator=generator)
+    ids[0, 3:6] = ids[0, 0]  # the same token again and again
+    labels = torch.full_like(ids, IGNORE)
+    labels[:, :-1] = ids[:, 1:]
+    labels[1, 4:] = IGNORE
+    return Batch(ids, labels, [Unit(i, i, (i * TOKENS, (i + 1) * TOKENS), [i], "-") for i in range(samples)])
+
+
+def scores(model, batch: Batch, factor: float = 1.0, means=None, **options) -> Tensor:
+    config = InfluenceConfig(estimator="ghost", **options)
+    estimator = Estimator(config, model, 3, CPU, Stopwatch(CPU))
+    if means:
+        estimator.precondition(means)
+    with estimator.capture():
+        logits = model(input_ids=batch.input_ids_BT, use_cache=False).logits
+        losses, feedback = token_losses(logits, batch.labels_BT, estimator.visit)
+    estimator.watch(batch, losses)
+    (losses.sum() * factor).backward()
+    model.zero_grad()
+    estimator.add(batch, losses.detach(), feedback)
+    return estimator.scores()[0].scores_U
+
+
+def agree(got: Tensor, expected: Tensor) -> bool:
+    """To what GPT-Neo's attention, in float32 whatever the model, allows."""
+    return bool((got - expected).abs().max() < 1e-5 * expected.abs().max())
+
+
+def matrices(model) -> dict[str, Tensor]:
+    """The weights whose gradients ghost claims to have."""
+    return {name: p for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("wpe.weight")}
+
+
+def per_sample_gradients(model, batch: Batch) -> list[dict[str, Tensor]]:
+    found = []
+    for ids, labels in zip(batch.input_ids_BT, batch.labels_BT, strict=True):
+        losses, _ = token_losses(model(input_ids=ids[None]).logits, labels[None])
+        gradients = torch.autograd.grad(losses.sum(), list(matrices(model).values()))
+        found.append(dict(zip(matrices(model), gradients, strict=True)))
+    return found
+
+
+def inner_products(gradients: list[dict[str, Tensor]], scales: dict[str, Tensor], include_self: bool) -> Tensor:
+    flat = torch.stack([torch.cat([(g * scales.get(n, 1.0)).flatten() for n, g in each.items()]) for each in gradients])
+    pairs = flat @ flat.T
+    return (pairs if include_self else pairs - pairs.diag().diag()).sum(1)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama", "llama_tied"])
+def test_exact_ghost_is_the_inner_product_of_true_gradients(kind, include_self):
+    """Catches a tied embedding without both its parts added first, a transposed Conv1D, and a missing layer."""
+    model, batch = model_of(kind), batch_of()
+    expected = inner_products(per_sample_gradients(model, batch), {}, include_self)
+    assert agree(scores(model, batch, sketch="none", include_self=include_self), expected)
+
+
+def test_what_multiplies_the_loss_does_not_change_a_score():
+    """Catches scores that depend on world size, accumulation or a loss scale."""
+    model, batch = model_of("gpt_neo"), batch_of()
+    assert agree(scores(model, batch, sketch="none"), scores(model, batch, 1 / 384, sketch="none"))
+
+
+def test_activation_checkpointing_records_each_layer_once():
+    model, batch = model_of("llama"), batch_of()
+    expected = scores(model, batch, sketch="none")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert torch.allclose(scores(model.train(), batch, sketch="none"), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama"])
+def test_adam_state_scales_rows_and_columns_of_the_gradient(kind):
+    """Catches swapped rows and columns, and the wrong power."""
+    model, batch = model_of(kind), batch_of()
+    second = {name: torch.rand_like(p) ** 4 for name, p in model.named_parameters() if p.dim() == 2}
+    means = {name: (v.mean(1), v.mean(0)) for name, v in second.items()}
+    outer = {name: (rows[:, None] * columns[None, :] / rows.mean()) ** -0.25 for name, (rows, columns) in means.items()}
+    expected = inner_products(per_sample_gradients(model, batch), outer, include_self=False)
+    got = scores(model, batch, means=means, sketch="none", include_self=False, precondition="adam_state")
+    assert agree(got, expected)
+    assert not torch.allclose(got, scores(model, batch, sketch="none", include_self=False), rtol=0.1)
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
+def test_sketched_ghost_is_unbiased(kind):
+    """Over seeds, the mean comes close to the exact score. Catches places or signs that head and body share."""
+    model, batch = model_of(kind), batch_of()
+    exact = scores(model, batch, sketch="none", include_self=False)
+    drawn = []
+    for seed in range(40):
+        estimator_config = SketchConfig(inputs=1, gradients=128, layers=12)
+        config = InfluenceConfig(estimator="ghost", sketch=estimator_config, include_self=False)
+        estimator = Estimator(config, model, seed, CPU, Stopwatch(CPU))
+        with estimator.capture():
+            losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
+        estimator.watch(batch, losses)
+        losses.sum().backward()
+        estimator.add(batch, losses.detach(), feedback)
+        drawn.append(estimator.scores()[0].scores_U)
+    drawn = torch.stack(drawn)
+    error = (drawn.mean(0) - exact).abs()
+    assert (error < 4 * drawn.std(0) / len(drawn) ** 0.5).all()
+    assert (drawn.std(0) > 0).all()
+
+
+def test_nothing_is_left_on_the_model():
+    model, batch = model_of("llama"), batch_of()
+    before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+    scores(model, batch)
+    assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
+
+
+def test_adam_factors_of_a_separable_second_moment_make_adams_own_geometry():
+    rows, columns = torch.rand(5) + 0.1, torch.rand(7) + 0.1
+    v = rows[:, None] * columns[None, :]
+    outputs, inputs = adam_factors(v.mean(1), v.mean(0))
+    assert torch.allclose(outputs[:, None] * inputs[None, :], v**-0.25)
+
+
+def test_rows_that_were_never_used_have_finite_factors_and_no_state_scales_nothing():
+    outputs, inputs = adam_factors(torch.tensor([0.0, 1.0, 1.0]), torch.tensor([0.5, 0.0]))
+    assert outputs.isfinite().all()
+    assert inputs.isfinite().all()
+    assert outputs[0] > 10 * outputs[1]
+    assert [factor.tolist() for factor in adam_factors(torch.zeros(2), torch.zeros(3))] == [[1.0] * 2, [1.0] * 3]
+
+
+def test_backward_to_inputs_gives_the_same_moments_and_no_weight_a_gradient():
+    """What a validation set's moment is made of."""
+    model, batch = model_of("llama_tied"), batch_of()
+    config = InfluenceConfig(estimator="ghost", sketch="none")
+    found = []
+    for to_inputs in (False, True):
+        estimator = Estimator(config, model, 3, CPU, Stopwatch(CPU))
+        with estimator.capture():
+            losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
+        estimator.watch(batch, losses)
+        model.zero_grad()
+        estimator.backward_to_inputs(losses) if to_inputs else losses.sum().backward()
+        assert all(p.grad is None for p in model.parameters()) == to_inputs
+        estimator.add(batch, losses.detach(), feedback)
+        found.append(estimator.scores()[0].scores_U)
+    assert torch.allclose(*found, rtol=1e-12)
