@@ -168,10 +168,16 @@ class ObserveConfig:
 
 
 FIDELITY_ESTIMATORS = (
-    "lli",
-    "lli/adam_ema",
     "lai",
     "lai/adam_ema",
+    "lai/adam_state",
+    "lli",
+    "lli/adam_ema",
+    "lli/adam_state",
+    "residual",
+    "residual/adam_state",
+    "ghost",
+    "ghost/adam_state",
     "ip",
     "ghost_flattened",
     "lai_flattened",
@@ -201,7 +207,7 @@ class FidelityConfig:
     """Estimators, `/` and a preconditioning where there is one. For comparison only: ip, the true inner product;
     ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features; logit_gradient_norm."""
     exact: bool = True
-    """Also without the sketch: one matrix of all input widths x vocabulary a sequence. False for large models."""
+    """Also without the sketch: for lai one matrix of all input widths x vocabulary a sequence; not for large models."""
     checkpoints: list[str] | None = None
     """Names (`step-100`) of the run's checkpoints, or `start` for `model.name_or_path`. Default: all there are, or
     `start` where there are none."""

@@ -30,7 +30,7 @@ from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse, 
 from pipeline.data import Batch, Samples
 from pipeline.estimator import Estimator
 from pipeline.evaluate import load_weights
-from pipeline.figure import draw, widths
+from pipeline.fidelity_figure import draw, widths
 from pipeline.loss import token_losses
 from pipeline.model import head_layer, linear_layers, load_model
 from pipeline.prepare import ensure_prepared, load_split
@@ -116,14 +116,13 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def scores_of(estimator: Estimator, model: nn.Module, batch: Batch) -> Tensor:
     """One micro-batch through the estimator as training takes it; (B,) float64, on the CPU."""
-    backward = getattr(estimator, "needs_backward", False)
-    with torch.set_grad_enabled(backward):
+    with torch.set_grad_enabled(estimator.needs_backward):
         with estimator.capture():
             logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
             losses_BT, feedback = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
-        if backward:
-            losses_BT.sum().backward()
-            model.zero_grad()
+        if estimator.needs_backward:
+            estimator.watch(batch, losses_BT)
+            estimator.backward_to_inputs(losses_BT)
     estimator.add(batch, losses_BT.detach(), feedback)
     return estimator.scores()[0].scores_U.double().cpu()
 
@@ -167,12 +166,12 @@ def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     }
 
 
-def row_and_column_means(moments: Moments, beta: float) -> dict[str, tuple[Tensor, Tensor]]:
+def row_and_column_means(moments: Moments, beta: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each matrix's bias-corrected second moment: the mean of every row (over its columns) and of every column."""
     means = {}
     for name, state in moments.items():
         if state["exp_avg_sq"].dim() == 2:
-            square = state["exp_avg_sq"] / (1 - beta ** int(state["step"]))
+            square = state["exp_avg_sq"].to(device).float() / (1 - beta ** int(state["step"]))
             means[name] = (square.mean(1), square.mean(0))
     return means
 
@@ -337,8 +336,7 @@ def _all_scores(
             for influence in _forms(config, name, precondition, own):
                 estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
                 if precondition == "adam_state" and moments and adam:
-                    means = row_and_column_means(moments, adam.betas[1])
-                    estimator.precondition(means)  # type: ignore[attr-defined]
+                    estimator.precondition(row_and_column_means(moments, adam.betas[1], device))
                 for batch in batches[:_WARM_UP_BATCHES] if precondition == "adam_ema" else []:
                     scores_of(estimator, model, batch)
                 scores = [scores_of(estimator, model, batch) for batch in measured]

@@ -40,6 +40,7 @@ def adam_run(ranks, corpus, tiny_model, tmp_path_factory):
                 policy__action="observe",
                 influence__sketch__inputs=32,
                 influence__sketch__gradients=64,
+                influence__sketch__layers=16,
                 fidelity__batch_size=5,
                 fidelity__batches=2,
                 fidelity__permutations=4,
@@ -87,11 +88,11 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     keys = ("checkpoint", "estimator", "precondition", "sketch", "reference", "own_term")
     found = {tuple(row[key] for key in keys): row for row in rows}
     assert len(found) == len(rows)
-    forms = 2 * sum(entry.startswith(("lai", "lli")) and "flat" not in entry for entry in FIDELITY_ESTIMATORS)
-    forms += sum(not entry.startswith(("lai", "lli")) or "flat" in entry for entry in FIDELITY_ESTIMATORS)
+    one_form = {"ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm", "loss", "random"}
+    forms = 2 * len(FIDELITY_ESTIMATORS) - len(one_form)
     assert len(rows) == 2 * forms * 4 * 2
     assert {row["checkpoint"] for row in rows} == {"step-2", "step-3"}
-    assert {row["sketch"] for row in rows} == {"none", "32x64"}
+    assert {row["sketch"] for row in rows} == {"none", "32x64", "16x64"}
     numbers = {"pearson_mean", "pearson_std", "pearson_min", "spearman_mean", "sign_agreement", "batches"}
     assert all(numbers | set(keys) == row.keys() for row in rows)
     for own_term in ("in", "out"):
@@ -99,6 +100,8 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
         assert itself["pearson_min"] == pytest.approx(1)
         assert itself["sign_agreement"] == 1
         assert itself["batches"] == 2
+        # All but biases, norms and positions; this model has norms only.
+        assert found["step-3", "ghost", "none", "none", "ip", own_term]["pearson_min"] > 0.99
         small_step = found["step-3", "ip", "none", "none", "shapley_sgd", own_term]
         assert small_step["pearson_mean"] > 0.95
         assert small_step["batches"] == 1
@@ -151,6 +154,6 @@ def test_correlations_are_the_known_ones():
 def test_row_and_column_means_are_of_the_bias_corrected_second_moment():
     square = torch.tensor([[1.0, 3.0, 5.0], [0.0, 0.0, 3.0]])
     state = {"exp_avg": square, "exp_avg_sq": square * (1 - 0.9**4), "step": torch.tensor(4)}
-    rows, columns = row_and_column_means({"w": state, "b": {**state, "exp_avg_sq": square[0]}}, 0.9)["w"]
+    rows, columns = row_and_column_means({"w": state, "b": {**state, "exp_avg_sq": square[0]}}, 0.9, CPU)["w"]
     torch.testing.assert_close(rows, torch.tensor([3.0, 1.0]))
     torch.testing.assert_close(columns, torch.tensor([0.5, 1.5, 4.0]))

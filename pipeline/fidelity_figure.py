@@ -36,7 +36,9 @@ class Compared(Protocol):
 def widths(influence: InfluenceConfig) -> str:
     """The sketch as text: `KxG`, or `none`."""
     sketch = influence.sketch
-    return f"{sketch.inputs}x{sketch.gradients}" if isinstance(sketch, SketchConfig) else "none"
+    if not isinstance(sketch, SketchConfig):
+        return "none"
+    return f"{sketch.layers if influence.estimator == 'ghost' else sketch.inputs}x{sketch.gradients}"
 
 
 def draw(config: Config, comparisons: Sequence[Compared], path: Path) -> None:
