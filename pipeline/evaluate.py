@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from pipeline import collectives, engine
 from pipeline.checkpoint import find_checkpoint
-from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, exit_on_user_error, parse
 from pipeline.data import PADDING
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model

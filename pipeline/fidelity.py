@@ -26,7 +26,8 @@ from transformers import PreTrainedModel
 
 from pipeline import engine
 from pipeline.checkpoint import checkpoints_of
-from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse, read_deepspeed_config
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse
 from pipeline.data import Batch, Samples
 from pipeline.estimator import Estimator
 from pipeline.evaluate import load_weights

@@ -9,7 +9,8 @@ import torch
 
 from pipeline import engine
 from pipeline.checkpoint import checkpoints_of
-from pipeline.config import FIDELITY_ESTIMATORS, to_yaml
+from pipeline.checks import FIDELITY_ESTIMATORS
+from pipeline.config import to_yaml
 from pipeline.data import Samples
 from pipeline.fidelity import main, measure, pearson, row_and_column_means, spearman
 from pipeline.loss import token_losses

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from pipeline import estimator as estimator_module
 from pipeline import ledger
 from pipeline import step as step_module
-from pipeline.config import Config, read_deepspeed_config
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config
 from pipeline.data import Batch, Samples
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
