@@ -71,7 +71,8 @@ def seed_of(seed: int, what: str) -> int:
 class CountSketch:
     """A seeded random map from `dim` to `width` numbers that keeps inner products in expectation.
 
-    y[b] = sum over i with i mod width = b of s_i x_i, with random signs s. Unbiased: E[y . y'] = x . x' over seeds;
+    y[b] = sum over i with (i + offset) mod width = b of s_i x_i, with random signs s and a random offset, so that the
+    sketches of several layers that are added up fill all buckets. Unbiased: E[y . y'] = x . x' over seeds;
     variance = sum over i != j in one bucket of (x_i^2 x'_j^2 + x_i x'_i x_j x'_j): about (|x|^2 |x'|^2 + (x . x')^2) /
     width where energy is spread over the buckets, so the standard error falls like 1 / sqrt(width). Coordinates are
     dealt to buckets in turn, not at random: that reads x once, in order, and keeps the most frequent tokens of a
@@ -86,6 +87,7 @@ class CountSketch:
         self.width = width
         generator = torch.Generator().manual_seed(seed)
         self._signs_D = (torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0).to(device)
+        self._offset = int(torch.randint(0, width, (), generator=generator))
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         """(N, dim) -> (N, width), in float32 (float64 stays)."""
@@ -93,11 +95,11 @@ class CountSketch:
         y_NW = torch.zeros(len(x_ND), self.width, dtype=dtype, device=x_ND.device)
         for x_Nw, signs_w in zip(x_ND.split(self.width, 1), self._signs_D.to(dtype).split(self.width), strict=True):
             y_NW[:, : len(signs_w)].addcmul_(x_Nw, signs_w)
-        return y_NW
+        return y_NW.roll(self._offset, 1)
 
     def of(self, coordinates_N: Tensor) -> tuple[Tensor, Tensor]:
         """Bucket and sign of each coordinate: what the sketch makes of that basis vector."""
-        return coordinates_N % self.width, self._signs_D[coordinates_N]
+        return (coordinates_N + self._offset) % self.width, self._signs_D[coordinates_N]
 
 
 class SquaredGradient:
