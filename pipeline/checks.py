@@ -53,6 +53,8 @@ def check(config: "Config") -> None:
         "observe.every_steps": config.observe.every_steps,
         "policy.stop_after_non_finite": policy.stop_after_non_finite,
         "observe.eval_every_steps": config.observe.eval_every_steps,
+        "benchmark.pairs": config.benchmark.pairs,
+        "benchmark.warmup": config.benchmark.warmup,
         "fidelity.batches": config.fidelity.batches,
         "fidelity.batch_size": config.fidelity.batch_size - 2,  # correlations need three
         "fidelity.shapley_batches": config.fidelity.shapley_batches,

@@ -192,6 +192,24 @@ class FidelityConfig:
 
 
 @dataclass(frozen=True)
+class BenchmarkConfig:
+    pairs: int = 20
+    """Plain steps that are measured, and scored steps of each estimator beside them."""
+    warmup: int = 3
+    """Steps of each kind before those, left out."""
+    estimators: list[str] | None = None
+    """What is measured, against the same plain steps: `ESTIMATOR` or `ESTIMATOR/PRECONDITION`, as in
+    `lai,ghost/adam_state`; `ghost_exact` is ghost as others compute it. The first one's figures stand at the top of
+    benchmark.json. Default: `influence.estimator` with `influence.precondition`."""
+    peak_tflops: float | None = None
+    """What the device can do at most in the precision of training, in 10^12 floating-point operations a second, for
+    the model FLOPs utilization. Default: not known."""
+    sweep: list[float] | None = None
+    """Also measure with sequence length, layers, width, vocabulary and sketch scaled by each of these factors in turn
+    (`[0.5,1,2]`; the model must be a `*.json`), by the first estimator. Default: no sweep."""
+
+
+@dataclass(frozen=True)
 class Config:
     run_dir: str
     """Where the run lives: config.yaml, checkpoints/, ledger/, tensorboard/, model/, summary.json."""
@@ -222,6 +240,8 @@ class Config:
     """What is written for people to look at."""
     fidelity: FidelityConfig = field(default_factory=FidelityConfig)
     """How `pipeline.fidelity` holds scores against what samples really do."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """What pipeline.benchmark measures; nothing else reads it."""
 
     def __post_init__(self) -> None:
         check(self)

@@ -348,3 +348,8 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 def peak_memory() -> int:
     """Most bytes allocated on the accelerator so far; on the CPU, of the process's resident set as sampled here."""
     return get_accelerator().max_memory_allocated()
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` begin anew with what is allocated now."""
+    get_accelerator().reset_peak_memory_stats()

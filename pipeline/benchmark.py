@@ -1,0 +1,115 @@
+"""The cost of knowing: plain and scored steps of one engine by turns, on random tokens.
+
+deepspeed --num_accelerators 2 --module pipeline.benchmark --config launch/benchmark_125m.yaml
+
+Writes RUN_DIR/benchmark.json (with `benchmark.sweep` also sweep.json and sweep.png) and prints its tables. Ledger and
+TensorBoard, which plain training writes too, are no part of a step here.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from pipeline import collectives, figures
+from pipeline.config import Config, exit_on_user_error, parse
+from pipeline.cost import PLAIN, measure
+from pipeline.counting import PHASES
+from pipeline.sweep import sweep
+
+
+def print_tables(found: dict[str, Any]) -> None:
+    """The figures on one screen."""
+    setting, plain = found["setting"], found["plain"]
+    title = (
+        f"{setting['model']}: {setting['parameters'] / 1e6:.1f} M parameters, {setting['ranks']} ranks x "
+        f"{setting['micro_batch']} x {setting['sequence_length']:,} tokens, ZeRO {setting['zero_stage']}, "
+        f"{setting['precision']}, {setting['device']}, {found['pairs']} pairs"
+    )
+    every = {PLAIN: plain, **found["estimators"]}
+    times = _table(title, ("step s", "ratio", "quartiles", "CPU time ratio", "tokens/s"))
+    costs = _table(
+        "memory, operations (GFLOP; elements of other operators), scoring's bytes on the wire per micro-batch",
+        ("peak GB", "ratio", "GFLOP", "ratio", "other ratio", "MB"),
+    )
+    names = sorted({part for row in every.values() for part in row["seconds_by_part"]})
+    parts = _table("seconds a step by part of scoring (rank 0, mean)", names)
+    for name, row in every.items():
+        seconds, rate = f"{row['step_seconds_median']:.3f}", f"{row['tokens_per_second']:.0f}"
+        memory, flops = f"{row['peak_memory_bytes'] / 1e9:.3f}", f"{sum(row['gflop'].values()):.1f}"
+        if name == PLAIN:
+            times.add_row(name, seconds, "", "", "", rate)
+            costs.add_row(name, memory, "", flops)
+        else:
+            low, high = row["step_time_ratio_quartiles"]
+            ratio, cpu = f"{row['step_time_ratio_median']:.3f}", f"{row['cpu_time_ratio_median']:.3f}"
+            times.add_row(name, seconds, ratio, f"{low:.3f}-{high:.3f}", cpu, rate)
+            ratios = [f"{row[key]:.3f}" for key in ("peak_memory_ratio", "scoring_flop_ratio", "scoring_other_ratio")]
+            costs.add_row(name, memory, ratios[0], flops, *ratios[1:], f"{row['bytes_per_micro_batch'] / 1e6:.2f}")
+        parts.add_row(name, *(f"{row['seconds_by_part'].get(part, 0):.3f}" for part in names))
+    console = Console()
+    for shown in (times, costs, parts):
+        console.print(shown)
+    phases = ", ".join(f"{phase} {plain['gflop'][phase]:.1f}" for phase in PHASES)
+    console.print(f"GFLOP of a plain step and rank: {phases}", highlight=False)
+    if plain["model_flops_utilization"] is not None:
+        console.print(f"model FLOPs utilization, plain: {plain['model_flops_utilization']:.1%}", highlight=False)
+
+
+def print_sweep(rows: list[dict[str, Any]]) -> None:
+    """How the cost grows, on one screen."""
+    columns = ("size", "plain s", "ratio", "CPU time", "GFLOP of scoring", "FLOP ratio", "MB")
+    table = _table(f"scoring by {rows[0]['estimator']}, one size changed at a time", columns)
+    for row in rows:
+        ratios = [f"{row[key]:.3f}" for key in ("step_time_ratio_median", "cpu_time_ratio_median")]
+        flops = [f"{row[key]:.3f}" for key in ("scoring_gflop", "scoring_flop_ratio")]
+        wire = f"{row['bytes_per_micro_batch'] / 1e6:.2f}"
+        seconds = f"{row['plain_step_seconds_median']:.3f}"
+        table.add_row(row["dimension"], f"{row['size']:,}", seconds, *ratios, *flops, wire)
+    Console().print(table)
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    # Narrow enough for 80 characters: headers break between words, names and numbers do not.
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="right", min_width=max(map(len, column.split())))
+    return table
+
+
+def run(config: Config) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Measure, sweep where asked to, and write both into RUN_DIR on rank 0. Collective."""
+    with exit_on_user_error("pipeline.benchmark"):
+        found = measure(config)
+        _write(config, "benchmark.json", json.dumps(found, indent=2).encode())
+        rows = sweep(config) if config.benchmark.sweep else []
+    if rows:
+        _write(config, "sweep.json", json.dumps(rows, indent=2).encode())
+        _write(config, "sweep.png", figures.sweep(rows))
+    return found, rows
+
+
+def _write(config: Config, name: str, content: bytes) -> None:
+    if collectives.rank() == 0:
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        Path(config.run_dir, name).write_bytes(content)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse("pipeline.benchmark", argv)
+    with collectives.exit_on_lost_contact("pipeline.benchmark"):
+        found, rows = run(config)
+    if collectives.rank() == 0:
+        print_tables(found)
+        if rows:
+            print_sweep(rows)
+    collectives.leave()
+
+
+if __name__ == "__main__":
+    main()
