@@ -84,6 +84,7 @@ def draw(config: Config, comparisons: Sequence[Compared], path: Path) -> None:
         spreads.append(finite or [0.0])
     lines.set(ylabel="correlation (mean over batches)", ylim=(-1.05, 1.05))
     lines.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    lines.tick_params("x", rotation=30)
     violins.violinplot(spreads, showmeans=True)
     violins.set_xticks(range(1, len(names) + 1), names, rotation=45, ha="right", fontsize=7)
     violins.set(ylabel="correlation of a batch", ylim=(-1.05, 1.05))

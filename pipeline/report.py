@@ -54,7 +54,16 @@ def read_run(directory: Path) -> Run:
     missing = ""
     if last < planned or summary is None:
         missing = f"its ledger ends at step {last} of {planned}" if last < planned else "it has no summary.json"
-    return Run(directory, config, summary, rows, fidelity or [], missing)
+    return Run(directory, config, summary, rows, _shown_fidelity((fidelity or {}).get("rows", []), config), missing)
+
+
+def _shown_fidelity(rows: list[dict[str, Any]], config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one reference, Adam's geometry where it was measured, with the run's own `include_self`: what fits
+    into one figure. fidelity.json has all."""
+    own_term = "in" if config["influence"].get("include_self", True) else "out"
+    measured = [row for row in rows if row["pearson_mean"] is not None and row["own_term"] == own_term]
+    wanted = [name for name in ("ip_adam", "ip") if any(row["reference"] == name for row in measured)]
+    return [row for row in measured if row["reference"] in wanted[:1]]
 
 
 def evidence_of(run: Run) -> dict[str, Any]:
@@ -348,7 +357,7 @@ def _fidelity_name(row: dict[str, Any]) -> str:
         for key in ("precondition", "sketch", "reference")
         if row.get(key) not in (None, "none", "batch")
     ]
-    return ", ".join([str(row["estimator"]), *shown, *([] if row.get("own_term", True) else ["own term out"])])
+    return ", ".join([str(row["estimator"]), *shown, *(["own term out"] if row.get("own_term") == "out" else [])])
 
 
 def _fidelity_lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
