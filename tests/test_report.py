@@ -142,9 +142,10 @@ def test_fidelity_is_shown_over_checkpoints_where_it_was_measured(grid, tmp_path
         row | change for row in rows for change in ({"reference": "ip"}, {"own_term": "in"}, {"pearson_mean": None})
     ]
     (tmp_path / "run" / "fidelity.json").write_text(json.dumps({"rows": [*rows, *others]}))
+    (tmp_path / "run" / "fidelity.png").write_bytes(b"its figure")
     content, page = reported(tmp_path, "run")
     assert content["runs"][0]["fidelity"] == rows
-    assert "fidelity over checkpoints" in [name for name, _ in figures_in(page)]
+    assert ("fidelity over checkpoints", base64.b64encode(b"its figure").decode()) in figures_in(page)
     assert "lai, sketch 256x1024, reference ip_adam, own term out" in page
     assert "&lt;lli&gt;" in page
     (tmp_path / "run" / "fidelity.json").write_text("[")
