@@ -53,6 +53,12 @@ def find_checkpoint(config: Config) -> Path | None:
     raise ValueError(f"resume: none of the checkpoints in {directory} is whole; start anew with --resume none")
 
 
+def checkpoints_of(run_dir: str) -> dict[str, Path]:
+    """The run's whole checkpoints by name, oldest first."""
+    found = sorted(Path(run_dir, "checkpoints").glob("step-*"), key=_step)
+    return {path.name: path for path in found if damage_of(path) is None}
+
+
 def damage_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, None where they are as they were written: all there, of the same sizes,
     and every part of torch's archives with its checksum."""

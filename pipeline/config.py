@@ -3,20 +3,19 @@
 Batch sizes, accumulation, precision, optimizer and ZeRO live in the DeepSpeed JSON only and are never repeated here.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 import jsonargparse
 from jsonargparse import set_parsing_settings
 
+from pipeline.checks import BUILTIN, FIDELITY_ESTIMATORS, check
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-BUILTIN = "builtin"
 TRAIN_TOKENIZER = "train"
 
 
@@ -168,6 +167,31 @@ class ObserveConfig:
 
 
 @dataclass(frozen=True)
+class FidelityConfig:
+    batches: int = 4
+    """Batches per checkpoint, the same at each: what the run would have read next."""
+    batch_size: int = 16
+    """Sequences in a batch. The references keep that many gradients, 8 bytes a parameter each."""
+    references: list[str] = field(default_factory=lambda: ["ip", "ip_adam"])
+    """What scores are held against; the first is the figure's. ip: inner products of true gradients; ip_adam: the same
+    in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step."""
+    shapley_batches: int = 1
+    """How many of the batches get the Shapley references, which take most of the time."""
+    permutations: int = 1000
+    """Most orders of joining that Shapley values are estimated from."""
+    standard_error: float = 0.02
+    """Stop before, once the largest standard error of a value is this fraction of the deviation between samples."""
+    estimators: list[str] = field(default_factory=lambda: list(FIDELITY_ESTIMATORS))
+    """Estimators, `/` and a preconditioning where there is one. For comparison only: ip, the true inner product;
+    ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features; logit_gradient_norm."""
+    exact: bool = True
+    """Also without the sketch: for lai one matrix of all input widths x vocabulary a sequence; not for large models."""
+    checkpoints: list[str] | None = None
+    """Names (`step-100`) of the run's checkpoints, or `start` for `model.name_or_path`. Default: all there are, or
+    `start` where there are none."""
+
+
+@dataclass(frozen=True)
 class BenchmarkConfig:
     pairs: int = 20
     """Plain steps that are measured, and scored steps of each estimator beside them."""
@@ -214,185 +238,13 @@ class Config:
     """When the run is saved."""
     observe: ObserveConfig = ObserveConfig()
     """What is written for people to look at."""
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    """How `pipeline.fidelity` holds scores against what samples really do."""
     benchmark: BenchmarkConfig = BenchmarkConfig()
     """What pipeline.benchmark measures; nothing else reads it."""
 
     def __post_init__(self) -> None:
-        _check(self)
-
-
-_NOT_FOR_TRAINING = {
-    "influence.estimator": {"ip": "takes a backward a sample: pipeline.fidelity measures the others against it"},
-    "influence.passes": {"score_first": "is not built yet"},
-}
-
-
-def _check(config: Config) -> None:
-    """Refuse what cannot work, naming the key, what was found and what to do."""
-    for key, values in _NOT_FOR_TRAINING.items():
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
-        if value in values:
-            raise ValueError(f"{key}: '{value}' {values[value]}; choose another value (--help lists them)")
-    influence, policy = config.influence, config.policy
-    at_least_one = {
-        "max_steps": config.max_steps,
-        "data.sequence_length": config.data.sequence_length - 1,
-        "data.max_sequences": config.data.max_sequences,
-        "data.max_eval_sequences": config.data.max_eval_sequences,
-        "checkpoint.every_steps": config.checkpoint.every_steps,
-        "checkpoint.keep": config.checkpoint.keep,
-        "observe.every_steps": config.observe.every_steps,
-        "policy.stop_after_non_finite": policy.stop_after_non_finite,
-        "observe.eval_every_steps": config.observe.eval_every_steps,
-        "observe.audit_every_steps": config.observe.audit_every_steps,
-        "influence.validation_sequences": influence.validation_sequences,
-        "influence.validation_every_steps": influence.validation_every_steps,
-        "influence.adam_every_steps": influence.adam_every_steps,
-        "benchmark.pairs": config.benchmark.pairs,
-        "benchmark.warmup": config.benchmark.warmup,
-    }
-    if isinstance(influence.sketch, SketchConfig):
-        at_least_one |= {
-            "influence.sketch.inputs": influence.sketch.inputs,
-            "influence.sketch.gradients": influence.sketch.gradients,
-            "influence.sketch.layers": influence.sketch.layers,
-        }
-    for key, number in at_least_one.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{key} is too small ({number}): sequences need two tokens, everything else at least 1")
-    for key, seed in {"seed": config.seed, "data.seed": config.data.seed}.items():
-        if seed is not None and seed < 0:
-            raise ValueError(f"{key} must be 0 or more, not {seed}")
-    if config.data.planted_foreign_files is not None and not config.data.planted_noise:
-        raise ValueError("data.planted_foreign_files is for planted noise: set data.planted_noise, or leave it out")
-    for key, fraction in {
-        "policy.rate": policy.rate,
-        "policy.max_drop_fraction": policy.max_drop_fraction,
-        "data.max_bad_fraction": config.data.max_bad_fraction,
-        "data.planted_noise": config.data.planted_noise,
-    }.items():
-        if not 0 <= fraction <= 1:
-            raise ValueError(f"{key} is a fraction from 0 to 1, not {fraction}")
-    for key, decay in {
-        "influence.adam_decay": influence.adam_decay,
-        "influence.running_decay": influence.running_decay,
-    }.items():
-        if not 0 <= decay < 1:
-            raise ValueError(f"{key} must lie in [0, 1), not {decay}")
-    _check_influence(config)
-    if policy.action == "drop" and policy.rule == "threshold" and influence.estimator in ("loss", "random"):
-        raise ValueError(
-            f"policy.rule 'threshold' says nothing about estimator '{influence.estimator}', whose scores all have one "
-            "sign; set policy.rule to rate"
-        )
-    if policy.action == "drop" and policy.rule == "rate" and policy.rate > policy.max_drop_fraction:
-        raise ValueError(
-            f"policy.rate {policy.rate} is above policy.max_drop_fraction {policy.max_drop_fraction}: lower the one "
-            "or raise the other"
-        )
-    if policy.flag == "highest" and policy.action == "reweight":
-        raise ValueError("policy.flag 'highest' says what to drop; policy.action 'reweight' drops nothing: choose drop")
-    if Path(config.data.prepared_dir).resolve().is_relative_to(Path(config.run_dir).resolve()):
-        raise ValueError(f"data.prepared_dir must lie outside run_dir ({config.run_dir}), which a new run moves aside")
-    if config.observe.eval_every_steps and config.data.eval_files is None:
-        raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
-
-
-def _check_influence(config: Config) -> None:
-    """What estimator, reference and preconditioning need of each other and of the optimizer."""
-    influence, settings = config.influence, read_deepspeed_config(config)
-    scaled = {"adam_ema": ("lai", "lli"), "adam_state": ("lai", "lli", "residual", "ghost")}.get(influence.precondition)
-    if scaled and influence.estimator not in scaled:
-        raise ValueError(
-            f"influence.precondition '{influence.precondition}' scales gradients, which estimator "
-            f"'{influence.estimator}' does not use like this; set it to none, or choose {' or '.join(scaled)}"
-        )
-    optimizer, stage = settings["optimizer"].get("type", ""), settings.get("zero_optimization", {}).get("stage", 0)
-    low = [key for key in ("bf16", "fp16") if settings.get(key, {}).get("enabled")]
-    if influence.precondition == "adam_state" and optimizer.lower() not in ("adam", "adamw"):
-        raise ValueError(
-            f"influence.precondition 'adam_state' reads Adam's second moments; {config.deepspeed_config} has optimizer "
-            f"'{optimizer}'. Choose Adam or AdamW there, or another precondition"
-        )
-    if influence.precondition == "adam_state" and stage == 0 and low:
-        raise ValueError(
-            f"influence.precondition 'adam_state' is not built for ZeRO 0 in {low[0]}: set a stage of 1 to 3 in "
-            f"{config.deepspeed_config}"
-        )
-    if influence.reference == "validation" and config.data.reference_files is None:
-        raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")
-    if BUILTIN in (config.data.reference_files or []):
-        raise ValueError(f"data.reference_files: '{BUILTIN}' holds out nothing for it; give files or a hub id")
-    if influence.reference != "batch" and influence.estimator in ("none", "loss", "random"):
-        raise ValueError(
-            f"influence.reference '{influence.reference}' means nothing to estimator '{influence.estimator}', which "
-            "compares with nothing; set it to batch"
-        )
-    if config.observe.audit_every_steps and (influence.reference == "validation" or influence.estimator == "none"):
-        raise ValueError(
-            "observe.audit_every_steps compares scores with how the losses of the same units fell, which "
-            f"influence.reference '{influence.reference}' with estimator '{influence.estimator}' says nothing about; "
-            "leave it out"
-        )
-    if influence.estimator != "ghost":
-        return
-    if influence.unit == "document":
-        raise ValueError(
-            "influence.unit 'document' is not for estimator 'ghost': the gradient at a position is that of all later "
-            "losses of its sequence, of other documents too; set it to sequence"
-        )
-    if stage == 1 and settings["zero_optimization"].get("overlap_comm"):
-        raise ValueError(
-            f"estimator 'ghost' owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 "
-            f"and 3 only: set it to false in {config.deepspeed_config}"
-        )
-
-
-def read_deepspeed_config(config: Config) -> dict[str, Any]:
-    """DeepSpeed's JSON as a dict, with a scheduler's `total_num_steps: "auto"` filled from `max_steps`.
-
-    Raises ValueError where it is missing, is not JSON, or is silent or "auto" about what only it can say.
-    """
-    path = Path(config.deepspeed_config)
-    try:
-        settings: dict[str, Any] = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f"deepspeed_config: no file {path}; ds_configs/ holds ready ones") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed_config: {path} is not JSON: {error}") from None
-    if "train_batch_size" in settings:
-        raise ValueError(f"{path}: remove train_batch_size; it follows from ranks x micro-batch x accumulation")
-    for key, why in {
-        "train_micro_batch_size_per_gpu": "samples per rank and micro-batch",
-        "gradient_clipping": "DeepSpeed would clip at 1.0 without a word; write 1.0, or 0 for none",
-        "optimizer": "its type and params",
-    }.items():
-        if key not in settings:
-            raise ValueError(f"{path}: {key} is missing ({why})")
-    schedule = settings.get("scheduler", {}).get("params", {})
-    if schedule.get("total_num_steps") == "auto":
-        schedule["total_num_steps"] = config.max_steps
-    if auto := list(_auto_keys(settings)):
-        raise ValueError(f'{path}: only scheduler.params.total_num_steps may say "auto", not {", ".join(auto)}')
-    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if not isinstance(settings.setdefault(key, 1), int) or settings[key] < 1:
-            raise ValueError(f"{path}: {key} must be a whole number of at least 1, not {settings[key]!r}")
-    if config.influence.estimator == "ghost":
-        # One backward more than planned, after the last one, where something is to be dropped.
-        settings["managed_gradient_accumulation"] = False
-    # DeepSpeed's progress lines would interrupt the progress bar.
-    return {"steps_per_print": sys.maxsize, **settings}
-
-
-def _auto_keys(settings: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key, value in settings.items():
-        if isinstance(value, dict):
-            found += _auto_keys(value, f"{prefix}{key}.")
-        elif value == "auto":
-            found.append(prefix + key)
-    return found
+        check(self)
 
 
 def _parser(prog: str) -> jsonargparse.ArgumentParser:

@@ -22,7 +22,8 @@ import zstandard
 from tqdm import tqdm
 
 from pipeline.builtin import builtin_documents
-from pipeline.config import BUILTIN, DataConfig
+from pipeline.checks import BUILTIN
+from pipeline.config import DataConfig
 from pipeline.document import Document, Problem, Split
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")

@@ -12,7 +12,8 @@ import torch
 from tqdm import tqdm
 
 from pipeline import collectives, engine
-from pipeline.config import Config, InfluenceConfig, read_deepspeed_config, to_yaml
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, InfluenceConfig, to_yaml
 from pipeline.counting import PHASES, PeakMemory, Work, bytes_held
 from pipeline.data import Batch, Samples, Unit
 from pipeline.estimator import Estimator

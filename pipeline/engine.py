@@ -23,6 +23,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline import collectives
+from pipeline.checkpoint import identity_of
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def join_process_group() -> torch.device:
@@ -151,6 +154,8 @@ def _universal_form(checkpoint: Path) -> Path:
 
     Rank 0 makes it. The others hear from it every few seconds: in one long wait for it a collective would time out.
     """
+    if collectives.rank() == 0:
+        print(f"resume: {checkpoint} was written under another ZeRO stage or world size; converting a copy", flush=True)
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(_convert, checkpoint) if collectives.rank() == 0 else None
         while not collectives.broadcast(bool(work and wait([work], timeout=5).done)):
@@ -163,7 +168,6 @@ def _universal_form(checkpoint: Path) -> Path:
 
 def _convert(checkpoint: Path) -> tuple[Path | None, str]:
     """The converted checkpoint, or what went wrong."""
-    print(f"resume: {checkpoint} was written by other ranks or under another ZeRO stage; converting a copy", flush=True)
     try:
         # A name of its own: several runs may go on from one checkpoint at the same time. What a killed one leaves there
         # is removed with the checkpoint.
@@ -193,6 +197,60 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
         return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
     saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
     return saved["module"]
+
+
+def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
+    """Adam's state in a checkpoint of any ZeRO stage and world size, on the CPU; None under another optimizer.
+
+    {parameter: {"exp_avg", "exp_avg_sq": in the parameter's shape, "step": updates so far}}. From ZeRO 1 on DeepSpeed
+    converts a copy inside of `checkpoint`, removed afterwards. Raises ValueError where that fails, or where the
+    moments lie in a form of fp16's own.
+
+    DeepSpeed unpickles checkpoints in full: load only what you trust.
+    """
+    saved = identity_of(checkpoint)["engine"]
+    if saved["optimizer"] not in ("adam", "adamw"):
+        return None
+    shapes: dict[str, list[int]] = saved["parameters"]
+    parts = sorted(checkpoint.glob("*optim_states.pt"))
+    if not parts:
+        whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        optimizer = whole["optimizer"]
+        if "state" not in optimizer:
+            raise ValueError(f"{checkpoint}: the moments of fp16 at ZeRO 0 cannot be read; use ZeRO 1 to 3")
+        step = _updates(optimizer)
+        moments = {name: optimizer["state"][index] for index, name in enumerate(shapes)}
+        return {name: {key: state[key] for key in MOMENTS} | {"step": step} for name, state in moments.items()}
+    zero = torch.load(parts[0], map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    step = _updates(zero["base_optimizer_state"] if "base_optimizer_state" in zero else zero["optimizer_state_dict"])
+    converted, trouble = _convert(checkpoint)
+    if converted is None:
+        raise ValueError(f"{checkpoint}: Adam's moments could not be put together: {trouble}")
+    try:
+        return {
+            name: {key: _whole(converted / "zero" / name / f"{key}.pt").view(shape) for key in MOMENTS} | {"step": step}
+            for name, shape in shapes.items()
+        }
+    finally:
+        shutil.rmtree(converted.parent)
+
+
+def _whole(path: Path) -> Tensor:
+    """A parameter's state in DeepSpeed's universal form; ZeRO-3's is the bare tensor, flat."""
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    return saved["param"] if isinstance(saved, dict) else saved
+
+
+def _updates(optimizer: dict[str, Any]) -> Tensor:
+    """Adam's step count, which some implementations keep once a group."""
+    state, group = next(iter(optimizer["state"].values())), optimizer["param_groups"][0]
+    return torch.as_tensor(state.get("step", group.get("step")))
+
+
+def checkpoint_position(checkpoint: Path) -> int:
+    """The position in the sample order at which the run goes on from `checkpoint`."""
+    path = next(checkpoint.glob("*mp_rank_00_model_states.pt"))
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["position"]
 
 
 def take_step(engine: DeepSpeedEngine) -> float | None:

@@ -170,6 +170,11 @@ class Estimator:
                 scored.append(Scored(scores_U, micro_U, losses_U, tokens_U))
             return scored
 
+    @property
+    def holds_validation(self) -> bool:
+        """Whether there is a moment of the validation set to score against."""
+        return "validation" in self._held
+
     @torch.no_grad()
     def hold_validation(self) -> None:
         """What was added since `scores` becomes the reference, until this is called again. Collective."""
@@ -225,19 +230,24 @@ class Estimator:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to score as this one would; the same on every rank."""
-        state: dict[str, Any] = {"held": {name: tensor.cpu() for name, tensor in self._held.items()}}
-        state["means"] = {name: (rows.cpu(), columns.cpu()) for name, (rows, columns) in self._means.items()}
+        state: dict[str, Any] = {
+            "config": repr(self._config),
+            "held": {name: tensor.cpu() for name, tensor in self._held.items()},
+            "means": {name: (rows.cpu(), columns.cpu()) for name, (rows, columns) in self._means.items()},
+        }
         if self._squared:
             state |= {"mean_square": self._squared.mean_V.cpu(), "updates": self._squared.updates}
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._held = {name: tensor.to(self._device) for name, tensor in state.get("held", {}).items()}
-        if means := state.get("means"):
-            self.precondition(
-                {name: (rows.to(self._device), columns.to(self._device)) for name, (rows, columns) in means.items()}
-            )
-        if self._squared and "updates" in state:
+        """Go on from a saved state; what was scored otherwise before has no bearing, and all is gathered anew."""
+        if state.get("config") != repr(self._config):
+            return
+        self._held = {name: tensor.to(self._device) for name, tensor in state["held"].items()}
+        if state["means"]:
+            move = {name: [side.to(self._device) for side in sides] for name, sides in state["means"].items()}
+            self.precondition({name: (rows, columns) for name, (rows, columns) in move.items()})
+        if self._squared:
             self._squared.load(state["mean_square"], state["updates"])
             self._scale_V = self._squared.scale_V
 

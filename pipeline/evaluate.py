@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from pipeline import collectives, engine
 from pipeline.checkpoint import find_checkpoint
-from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, exit_on_user_error, parse
 from pipeline.data import PADDING
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> None:
         checkpoint = collectives.broadcast(find_checkpoint(config) if collectives.rank() == 0 else None)
         model = load_model(config.model, config.seed).eval()
         if checkpoint:
-            _load_weights(model, checkpoint)
+            load_weights(model, checkpoint)
     model.to(device)
     figures = evaluate(
         lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits,
@@ -134,14 +135,12 @@ def main(argv: list[str] | None = None) -> None:
     collectives.leave()
 
 
-def _load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
+def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Raises ValueError where the weights in `checkpoint` are not this model's; tied ones may be there once."""
     missing, unexpected = model.load_state_dict(engine.checkpoint_weights(checkpoint), strict=False)
     left = sorted(set(missing) - set(model.all_tied_weights_keys)) + unexpected
     if left:
-        raise ValueError(
-            f"resume: {checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}"
-        )
+        raise ValueError(f"{checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}")
 
 
 def print_figures(title: str, figures: dict[str, Any]) -> None:

@@ -17,23 +17,6 @@ _USUAL, _STANDS_OUT = "tab:blue", "tab:red"
 _GROUPS = {"lowest": "tab:red", "middle": "tab:gray", "highest": "tab:blue"}
 
 
-def fidelity(lines: dict[str, list[dict[str, Any]]]) -> bytes:
-    """Correlation of the scores with the truth over checkpoints; `lines`: rows by the name of the estimator."""
-    figure, axes = _new(1, 2, height=3.6, sharey=True)
-    for axis, (key, title) in zip(axes, {"pearson_mean": "Pearson", "spearman_mean": "Spearman"}.items(), strict=True):
-        for name, rows in lines.items():
-            steps = [row["step"] for row in rows]
-            [line] = axis.plot(steps, [_nan(row[key]) for row in rows], marker="o", markersize=4, label=name)
-            if key == "pearson_mean":
-                mean, spread = (np.array([_nan(row.get(k)) for row in rows]) for k in (key, "pearson_std"))
-                axis.fill_between(steps, mean - spread, mean + spread, alpha=0.15, color=line.get_color())
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.set(title=f"{title} correlation (mean over batches)", xlabel="checkpoint (optimizer step)")
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes[0].set_ylabel("correlation with the true influence")
-    return _finish(figure, axes[0])
-
-
 def score_bands(bands: list[dict[str, Any]]) -> bytes:
     """Quantile bands of the relative score over the run."""
     figure, [axis] = _new(1, 1, height=3.4)

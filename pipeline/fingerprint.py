@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config import BUILTIN, Config
+from pipeline.checks import BUILTIN
+from pipeline.config import Config
 from pipeline.corpus import resolve
 from pipeline.tokenizer import vocabulary_size
 

@@ -23,7 +23,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline import ledger
-from pipeline.config import Config, PolicyConfig, read_deepspeed_config, to_yaml
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, PolicyConfig, to_yaml
 from pipeline.engine import get_accelerator
 from pipeline.prepare import ensure_prepared
 

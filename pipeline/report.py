@@ -12,7 +12,6 @@ import base64
 import html
 import json
 import os
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +53,16 @@ def read_run(directory: Path) -> Run:
     missing = ""
     if last < planned or summary is None:
         missing = f"its ledger ends at step {last} of {planned}" if last < planned else "it has no summary.json"
-    return Run(directory, config, summary, rows, fidelity or [], missing)
+    return Run(directory, config, summary, rows, _shown_fidelity((fidelity or {}).get("rows", []), config), missing)
+
+
+def _shown_fidelity(rows: list[dict[str, Any]], config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one reference, Adam's geometry where it was measured, with the run's own `include_self`: what fits
+    into one table. fidelity.json has all."""
+    own_term = "in" if config["influence"].get("include_self", True) else "out"
+    measured = [row for row in rows if row["pearson_mean"] is not None and row["own_term"] == own_term]
+    wanted = [name for name in ("ip_adam", "ip") if any(row["reference"] == name for row in measured)]
+    return [row for row in measured if row["reference"] in wanted[:1]]
 
 
 def evidence_of(run: Run) -> dict[str, Any]:
@@ -245,11 +253,11 @@ def _run(run: dict[str, Any]) -> list[str]:
     nothing = "<p>Nothing was scored in this run.</p>"
     parts = ["<h3>Are the scores right?</h3>"]
     if run["fidelity"]:
-        parts.append(_image(figures.fidelity(_fidelity_lines(run["fidelity"])), "fidelity over checkpoints"))
+        parts.append(_image(Path(run["run_dir"], "fidelity.png").read_bytes(), "fidelity over checkpoints"))
         keys = ("checkpoint", "pearson_mean", "pearson_std", "pearson_min", "spearman_mean", "sign_agreement")
         cells = [[_fidelity_name(row), *(_cell(row.get(key)) for key in keys)] for row in run["fidelity"]]
         parts.append(_table(["estimator", *(key.replace("_", " ") for key in keys)], cells))
-        parts.append(_note("Against inner products of true gradients; the band is ± the standard deviation."))
+        parts.append(_note("Against inner products of true gradients. The figure is pipeline.fidelity's own."))
     else:
         parts.append("<p>Not measured: there is no fidelity.json (<code>python -m pipeline.fidelity</code>).</p>")
 
@@ -348,15 +356,7 @@ def _fidelity_name(row: dict[str, Any]) -> str:
         for key in ("precondition", "sketch", "reference")
         if row.get(key) not in (None, "none", "batch")
     ]
-    return ", ".join([str(row["estimator"]), *shown, *([] if row.get("own_term", True) else ["own term out"])])
-
-
-def _fidelity_lines(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        digits = re.findall(r"\d+", str(row["checkpoint"]))
-        lines.setdefault(_fidelity_name(row), []).append({**row, "step": int(digits[-1]) if digits else 0})
-    return {name: sorted(line, key=lambda row: row["step"]) for name, line in lines.items()}
+    return ", ".join([str(row["estimator"]), *shown, *(["own term out"] if row.get("own_term") == "out" else [])])
 
 
 def _by_quarter(rows: list[dict[str, Any]], kind: str) -> list[float | None]:

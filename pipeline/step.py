@@ -199,7 +199,8 @@ class Step:
                 means = engine.second_moments(self._engine)
             if means:
                 self._estimator.precondition(means)
-        if self._reference and (step - 1) % influence.validation_every_steps == 0:
+        due = not self._estimator.holds_validation or (step - 1) % influence.validation_every_steps == 0
+        if self._reference and due:
             with self._timed("validation"):
                 refresh = (step - 1) // influence.validation_every_steps
                 self._hold_validation(self._reference, refresh * influence.validation_sequences)

@@ -10,7 +10,8 @@ from typing import Any
 
 from pipeline import collectives, engine
 from pipeline.checkpoint import Progress, find_checkpoint, identity_of, move_aside, publish, refuse_foreign
-from pipeline.config import Config, exit_on_user_error, parse, read_deepspeed_config
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, exit_on_user_error, parse
 from pipeline.data import Samples
 from pipeline.estimator import Estimator
 from pipeline.evaluate import evaluate_engine

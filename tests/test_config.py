@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.config import Config, parse, read_deepspeed_config, to_dict, to_yaml
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, parse, to_dict, to_yaml
 from tests.runs import ADAM, deepspeed_json
 
 ROOT = Path(__file__).parents[1]

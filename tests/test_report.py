@@ -131,18 +131,22 @@ def test_a_run_that_scored_nothing_and_one_that_saw_each_sample_once_say_so(grid
 
 def test_fidelity_is_shown_over_checkpoints_where_it_was_measured(grid, tmp_path):
     shutil.copytree(grid / "lai-0", tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints", "model"))
-    usual = {"precondition": "none", "sketch": "256x1024", "reference": "running", "own_term": False}
+    usual = {"precondition": "none", "sketch": "256x1024", "reference": "ip_adam", "own_term": "out"}
     usual |= {"pearson_std": 0.1, "pearson_min": 0.2, "spearman_mean": 0.5, "sign_agreement": 0.9}
     rows = [
         {"checkpoint": f"step-{step}", "estimator": name, "pearson_mean": 0.6, **usual}
         for step in (8, 16)
         for name in ("lai", "<lli>")
     ]
-    (tmp_path / "run" / "fidelity.json").write_text(json.dumps(rows))
+    others = [
+        row | change for row in rows for change in ({"reference": "ip"}, {"own_term": "in"}, {"pearson_mean": None})
+    ]
+    (tmp_path / "run" / "fidelity.json").write_text(json.dumps({"rows": [*rows, *others]}))
+    (tmp_path / "run" / "fidelity.png").write_bytes(b"its figure")
     content, page = reported(tmp_path, "run")
     assert content["runs"][0]["fidelity"] == rows
-    assert "fidelity over checkpoints" in [name for name, _ in figures_in(page)]
-    assert "lai, sketch 256x1024, reference running, own term out" in page
+    assert ("fidelity over checkpoints", base64.b64encode(b"its figure").decode()) in figures_in(page)
+    assert "lai, sketch 256x1024, reference ip_adam, own term out" in page
     assert "&lt;lli&gt;" in page
     (tmp_path / "run" / "fidelity.json").write_text("[")
     with pytest.raises(SystemExit):

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from pipeline import estimator as estimator_module
 from pipeline import ledger
 from pipeline import step as step_module
-from pipeline.config import Config, read_deepspeed_config
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config
 from pipeline.data import Batch, Samples
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
@@ -258,6 +259,26 @@ def test_a_resumed_run_scores_as_an_unbroken_one(ranks, corpus, tiny_model, tmp_
     resumed = ghost(corpus, tmp_path / "broken", tiny_model("llama"), 2, **common, resume="auto")
     ranks(stop_and_resume, broken, resumed)
     assert ledger.read(tmp_path / "whole" / "run").equals(ledger.read(tmp_path / "broken" / "run"))
+
+
+@pytest.mark.parametrize("reference", ["running", "validation"])
+def test_a_run_resumed_with_another_estimator_gathers_its_memory_anew(ranks, corpus, tiny_model, tmp_path, reference):
+    """Catches moments of another size, and factors of a preconditioning that is no longer asked for."""
+    common = {
+        "optimizer": ADAM,
+        "max_steps": 5,
+        "influence__reference": reference,
+        "influence__validation_every_steps": 4,
+        "policy__action": "observe",
+        "data__reference_files": corpus / "documents.jsonl",
+        "data__prepared_dir": corpus / "prepared_reference",
+    }
+    before = ghost(corpus, tmp_path, tiny_model("llama"), 2, **common, influence__precondition="adam_state")
+    after = ghost(corpus, tmp_path, tiny_model("llama"), 2, **common, influence__estimator="lai", resume="auto")
+    ranks(stop_and_resume, before, after)
+    rows = ledger.read(tmp_path / "run")
+    assert len(rows) == 20
+    assert rows["score"].null_count == 0
 
 
 def reference_scores(config: Config, decay: float) -> list[Tensor]:

@@ -14,7 +14,8 @@ from pipeline import engine, ledger
 from pipeline import estimator as estimator_module
 from pipeline import step as step_module
 from pipeline import train as train_module
-from pipeline.config import Config, read_deepspeed_config
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config
 from pipeline.data import Samples
 from pipeline.loss import IGNORE
 from pipeline.model import load_model

@@ -1,0 +1,391 @@
+"""Do the scores mean what they say? Every estimator against what samples really do, at the checkpoints of a run.
+
+python -m pipeline.fidelity --config RUN_DIR/config.yaml [--fidelity.key value ...]
+
+One process, no launcher. Scores come from the code that training runs; the references, in float64, from shapley.py.
+Writes RUN_DIR/fidelity.json and RUN_DIR/fidelity.png.
+"""
+
+import copy
+import json
+import math
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pipeline import engine
+from pipeline.checkpoint import checkpoints_of
+from pipeline.checks import read_deepspeed_config
+from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse
+from pipeline.data import Batch, Samples
+from pipeline.estimator import Estimator
+from pipeline.evaluate import load_weights
+from pipeline.fidelity_figure import draw, widths
+from pipeline.loss import token_losses
+from pipeline.model import head_layer, linear_layers, load_model
+from pipeline.prepare import ensure_prepared, load_split
+from pipeline.shapley import (
+    SGD,
+    Adam,
+    StepEffect,
+    inner_products,
+    permutation_shapley,
+    row_sums,
+    sample_gradients,
+    trainable,
+)
+from pipeline.timing import Stopwatch
+
+START = "start"
+_WARM_UP_BATCHES = 8  # that adam_ema's running mean is made of before it is measured
+_COMPARISON_ONLY = ("ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm")
+_OWN_TERMS = (True, False)
+
+Moments = dict[str, dict[str, Tensor]]
+Values = dict[tuple[str, bool], Tensor]
+"""By reference and whether the own term is in; (B,) each."""
+
+
+@dataclass
+class Comparison:
+    """One estimator against one reference at one checkpoint: (scores, values) of each batch, (B,) each."""
+
+    checkpoint: str
+    estimator: str
+    precondition: str
+    sketch: str
+    reference: str
+    own_term: str
+    pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """Of the estimator, for people."""
+        form = self.estimator if self.precondition == "none" else f"{self.estimator}/{self.precondition}"
+        return form if self.sketch == "none" else f"{form} {self.sketch}"
+
+    @property
+    def correlations(self) -> list[float]:
+        """Pearson's, of each batch; NaN where one side is constant."""
+        return [pearson(*pair) for pair in self.pairs]
+
+    def row(self) -> dict[str, Any]:
+        """`sign_agreement`: fraction of samples whose score and value have one sign."""
+        scores, values = (np.concatenate(side) for side in zip(*self.pairs, strict=True))
+        of_batches = np.array(self.correlations)
+        numbers = {
+            "pearson_mean": of_batches.mean(),
+            "pearson_std": of_batches.std(),
+            "pearson_min": of_batches.min(),
+            "spearman_mean": np.mean([spearman(*pair) for pair in self.pairs]),
+            "sign_agreement": np.mean(np.sign(scores) == np.sign(values)),
+        }
+        keys = ("checkpoint", "estimator", "precondition", "sketch", "reference", "own_term")
+        return {
+            **{key: getattr(self, key) for key in keys},
+            **{key: float(number) if np.isfinite(number) else None for key, number in numbers.items()},
+            "batches": len(self.pairs),
+        }
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> float:
+    """Linear correlation, -1 to 1; NaN where one side is constant."""
+    x, y = x - x.mean(), y - y.mean()
+    norms = np.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norms) if norms > 0 else math.nan
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Rank correlation, equal values sharing the mean of their ranks."""
+    ranks = [(np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, "right")) / 2 for v in (x, y)]
+    return pearson(*ranks)
+
+
+# Scores
+
+
+def scores_of(estimator: Estimator, model: nn.Module, batch: Batch) -> Tensor:
+    """One micro-batch through the estimator as training takes it; (B,) float64, on the CPU."""
+    with torch.set_grad_enabled(estimator.needs_backward):
+        with estimator.capture():
+            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
+            losses_BT, feedback = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
+        if estimator.needs_backward:
+            estimator.watch(batch, losses_BT)
+            estimator.backward_to_inputs(losses_BT)
+    estimator.add(batch, losses_BT.detach(), feedback)
+    return estimator.scores()[0].scores_U.double().cpu()
+
+
+def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
+    """Influence with each sequence flattened to one vector of tokens x features, (B, B): for comparison only.
+
+    With A_l and b_l the inputs and output gradients of layer l so flattened, `ghost_flattened` is the sum over l of
+    <A_l j, A_l z> <b_l j, b_l z>, and `lai_flattened` has the head's b, the logit gradient, for all. Tokens meet only
+    tokens at the same position, so they are the inner products of gradients for sequences of one label only.
+    `logit_gradient_norm` is on the diagonal: the root of the sum over tokens of |g_t|^2.
+    """
+    inputs: dict[str, Tensor] = {}
+    gradients: dict[str, Tensor] = {}
+
+    def gram(rows_BTD: Tensor) -> Tensor:
+        rows = rows_BTD.detach().flatten(1)
+        return rows @ rows.T
+
+    def hook(name: str):
+        def read(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
+            inputs[name] = gram(args[0])
+            if output.requires_grad:
+                output.register_hook(lambda gradient: gradients.update({name: gram(gradient)}))
+
+        return read
+
+    hooks = [layer.register_forward_hook(hook(name)) for name, layer in linear_layers(model).items()]
+    try:
+        logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
+        token_losses(logits_BTV, batch.labels_BT)[0].sum().backward()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    model.zero_grad()
+    feedback = gradients[head_layer(model)[0]]
+    return {
+        "ghost_flattened": torch.stack([inputs[name] * gradients[name] for name in gradients]).sum(0),
+        "lai_flattened": torch.stack(list(inputs.values())).sum(0) * feedback,
+        "logit_gradient_norm": feedback.diagonal().sqrt().diag(),
+    }
+
+
+def row_and_column_means(moments: Moments, beta: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each matrix's bias-corrected second moment: the mean of every row (over its columns) and of every column."""
+    means = {}
+    for name, state in moments.items():
+        if state["exp_avg_sq"].dim() == 2:
+            square = state["exp_avg_sq"].to(device).float() / (1 - beta ** int(state["step"]))
+            means[name] = (square.mean(1), square.mean(0))
+    return means
+
+
+# References
+
+
+def reference_values(
+    config: Config, model: PreTrainedModel, batch: Batch, adam: Adam | None, index: int
+) -> tuple[Values, dict[str, Any]]:
+    """What each sample of the `index`-th batch does, by every reference that applies, and how Shapley's went."""
+    values: Values = {}
+    details: dict[str, Any] = {}
+    gradients_BP = sample_gradients(model, batch)
+    for name in config.fidelity.references:
+        if name == "ip":
+            effects = inner_products(gradients_BP).cpu()
+        elif name == "ip_adam":
+            if adam is None or adam.step == 0:
+                continue  # Adam has no geometry before its first update
+            effects = inner_products(gradients_BP, adam.denominator_P).cpu()
+        elif index >= config.fidelity.shapley_batches or (name == "shapley_adam" and adam is None):
+            continue
+        else:
+            started = time.perf_counter()
+            rule = adam if name == "shapley_adam" and adam else SGD(_learning_rate(config))
+            estimate = permutation_shapley(
+                StepEffect(model, batch, gradients_BP, rule),
+                len(gradients_BP),
+                config.seed,
+                config.fidelity.permutations,
+                config.fidelity.standard_error,
+                lambda effects: torch.stack([row_sums(effects, own) for own in _OWN_TERMS]),
+            )
+            effects = estimate.effects_nZ
+            spreads = [float(row_sums(effects, own).std()) for own in _OWN_TERMS]
+            details[name] = {
+                "permutations": estimate.permutations,
+                "standard_error": {
+                    "in" if own else "out": float(errors.max()) / spread if spread else None
+                    for own, errors, spread in zip(_OWN_TERMS, estimate.errors_Rn, spreads, strict=True)
+                },
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+        values |= {(name, own): row_sums(effects, own) for own in _OWN_TERMS}
+    return values, details
+
+
+def _learning_rate(config: Config) -> float:
+    """The optimizer's peak: what a schedule makes of it at a checkpoint may be 0."""
+    settings = read_deepspeed_config(config)
+    schedule = settings.get("scheduler", {}).get("params", {})
+    return schedule.get("warmup_max_lr", settings["optimizer"].get("params", {}).get("lr", 1e-3))
+
+
+def adam_step(config: Config, model: nn.Module, moments: Moments | None) -> Adam | None:
+    """The run's Adam with these moments (none: before the first update); None where the run has another optimizer."""
+    optimizer = read_deepspeed_config(config)["optimizer"]
+    kind, settings = optimizer["type"].lower(), optimizer.get("params", {})
+    if kind not in ("adam", "adamw"):
+        return None
+    parameters = trainable(model)
+    zero = {name: {key: torch.zeros_like(p) for key in engine.MOMENTS} for name, p in parameters.items()}
+    states = moments or zero
+    device = next(iter(parameters.values())).device
+    mean_P, square_P = (
+        torch.cat([states[name][key].detach().to(device).double().flatten() for name in parameters])
+        for key in engine.MOMENTS
+    )
+    first, second = settings.get("betas", (0.9, 0.999))
+    decoupled = kind == "adamw" or settings.get("adam_w_mode", True)
+    decay = settings.get("weight_decay", 0.01 if settings.get("torch_adam") and decoupled else 0.0)
+    step = int(next(iter(moments.values()))["step"]) if moments else 0
+    eps = settings.get("eps", 1e-8)
+    return Adam(_learning_rate(config), (first, second), eps, decay, decoupled, mean_P, square_P, step)
+
+
+# The measurement
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Hold every estimator against every reference at every checkpoint; write the JSON and the figure.
+
+    Raises ValueError where a checkpoint that the config names is not there or belongs to another model.
+    """
+    ensure_prepared(config)
+    device = engine.device()
+    found = checkpoints_of(config.run_dir)
+    names = config.fidelity.checkpoints or list(found) or [START]
+    if missing := [name for name in names if name not in {START, *found}]:
+        raise ValueError(
+            f"fidelity.checkpoints: no whole checkpoint {missing[0]} in {config.run_dir}/checkpoints; it has "
+            f"{', '.join(found) or 'none'} ({START}: the model that the config names)"
+        )
+    samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, "sequence")
+    # The same unseen batches for all checkpoints: after what the newest has read.
+    first = max((engine.checkpoint_position(path) for path in found.values()), default=0)
+    size = config.fidelity.batch_size
+    batches = [
+        samples.batch(first + index * size, size, device) for index in range(_WARM_UP_BATCHES + config.fidelity.batches)
+    ]
+    comparisons: dict[tuple[str, ...], Comparison] = {}
+    shapley = []
+    for checkpoint in tqdm(names, desc="checkpoints"):
+        model = load_model(config.model, config.seed).eval()
+        moments = None
+        if checkpoint != START:
+            load_weights(model, found[checkpoint])
+            moments = engine.checkpoint_adam(found[checkpoint])
+        model.to(device)
+        exact = copy.deepcopy(model).double()
+        adam = adam_step(config, exact, moments)
+        values_of_batch = []
+        for index, batch in enumerate(batches[_WARM_UP_BATCHES:]):
+            values, details = reference_values(config, exact, batch, adam, index)
+            values_of_batch.append(values)
+            shapley += [
+                {"checkpoint": checkpoint, "batch": index, "reference": name, **detail}
+                for name, detail in details.items()
+            ]
+        for key, own, scores in _all_scores(config, model, exact, batches, moments, adam, device):
+            for values, scores_B in zip(values_of_batch, scores, strict=True):
+                for (reference, reference_own), values_B in values.items():
+                    if reference_own == own:
+                        where = (checkpoint, *key, reference, "in" if own else "out")
+                        pairs = comparisons.setdefault(where, Comparison(*where)).pairs
+                        pairs.append((scores_B.numpy(), values_B.numpy()))
+    report = {"rows": [comparison.row() for comparison in comparisons.values()], "shapley": shapley}
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "fidelity.json").write_text(json.dumps(report, indent=1))
+    draw(config, list(comparisons.values()), run_dir / "fidelity.png")
+    return report
+
+
+def _all_scores(
+    config: Config,
+    model: PreTrainedModel,
+    exact: PreTrainedModel,
+    batches: list[Batch],
+    moments: Moments | None,
+    adam: Adam | None,
+    device: torch.device,
+) -> Iterator[tuple[tuple[str, str, str], bool, list[Tensor]]]:
+    """(estimator, precondition, sketch), whether the own term is in, and the scores of every measured batch."""
+    measured = batches[_WARM_UP_BATCHES:]
+    matrices: dict[str, list[Tensor]] = defaultdict(list)
+    if set(config.fidelity.estimators) & set(_COMPARISON_ONLY):
+        for batch in measured:
+            found = flattened_grams(model, batch) | {"ip": inner_products(sample_gradients(exact, batch))}
+            for name, matrix_BB in found.items():
+                matrices[name].append(matrix_BB.double().cpu())
+    for entry in config.fidelity.estimators:
+        name, precondition = [*entry.split("/"), "none"][:2]
+        if precondition == "adam_state" and moments is None:
+            continue  # no optimizer state to scale with
+        for own in _OWN_TERMS:
+            if name in _COMPARISON_ONLY:
+                alone = name == "logit_gradient_norm"
+                yield (name, "none", "none"), own, [row_sums(matrix, own or alone) for matrix in matrices[name]]
+                continue
+            for influence in _forms(config, name, precondition, own):
+                estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
+                if precondition == "adam_state" and moments and adam:
+                    estimator.precondition(row_and_column_means(moments, adam.betas[1], device))
+                for batch in batches[:_WARM_UP_BATCHES] if precondition == "adam_ema" else []:
+                    scores_of(estimator, model, batch)
+                scores = [scores_of(estimator, model, batch) for batch in measured]
+                yield (name, precondition, widths(influence)), own, scores
+
+
+def _forms(config: Config, name: str, precondition: str, own: bool) -> list[InfluenceConfig]:
+    """The estimator as the config sketches it and, where asked for, exact; controls have one form."""
+    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "include_self": own}
+    base = replace(config.influence, reference="batch", unit="sequence", scope="micro_step", **chosen)
+    exact = replace(base, sketch="none")
+    if name in ("loss", "random") or base.sketch == "none":
+        return [exact]
+    return [exact, base] if config.fidelity.exact else [base]
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Pearson's correlation, the mean over checkpoints and batches."""
+    columns = list(dict.fromkeys((row["reference"], row["own_term"]) for row in rows))
+    table = Table(title="correlation with the references (own term in, out)", title_justify="left")
+    for name in ("estimator", "sketch"):
+        table.add_column(name, no_wrap=True)
+    for reference, own_term in columns:
+        table.add_column(f"{reference} {own_term}".replace("_", " ").replace(" ", "\n"), justify="right", min_width=5)
+    for key in dict.fromkeys((row["estimator"], row["precondition"], row["sketch"]) for row in rows):
+        cells = []
+        for column in columns:
+            numbers = [
+                row["pearson_mean"]
+                for row in rows
+                if (row["estimator"], row["precondition"], row["sketch"]) == key
+                and (row["reference"], row["own_term"]) == column
+                and row["pearson_mean"] is not None
+            ]
+            cells.append(f"{np.mean(numbers):.2f}" if numbers else "-")
+        estimator, precondition, sketch = key
+        name = estimator if precondition == "none" else f"{estimator}/{precondition}"
+        table.add_row(name, sketch, *cells)
+    Console().print(table)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse("pipeline.fidelity", argv)
+    with exit_on_user_error("pipeline.fidelity"):
+        report = measure(config)
+    print_table(report["rows"])
+    print(f"{config.run_dir}/fidelity.json and fidelity.png hold the rest")
+
+
+if __name__ == "__main__":
+    main()
