@@ -98,7 +98,7 @@ class LayerGradients:
             wide = module in self._embeddings or module == head
             shape = (min(inputs, widths[0]), min(outputs, widths[1] if wide else min(widths)))
             generator = torch.Generator().manual_seed(seed_of(seed, f"{name}/place"))
-            index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]]
+            index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]].clone()  # not the rest
             signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
             self._weights[name] = Weight(transposed, shape, index.to(device), signs.to(device))
             if shape[0] < inputs:
