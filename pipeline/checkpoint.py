@@ -106,15 +106,28 @@ def publish(checkpoint: Path, identity: dict[str, Any], keep: int) -> None:
     """Make `checkpoint`, of which every rank has written its part, the newest; keep `keep` and remove the others.
 
     The manifest says that it is whole, and `latest`, replaced by a rename, comes after it: killed at any moment, a run
-    resumes from a whole checkpoint. Later ones than this belong to a future that an older resume gave up.
+    resumes from a whole checkpoint. Later ones than this belong to a future that an older resume gave up. Raises
+    OSError where they cannot be written.
     """
     files = {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.pt"))}
-    _write(checkpoint / MANIFEST, json.dumps({"files": files, "identity": identity}, indent=2))
-    _write(checkpoint.parent / "latest", checkpoint.name)
+    try:
+        _write(checkpoint / MANIFEST, json.dumps({"files": files, "identity": identity}, indent=2))
+        _write(checkpoint.parent / "latest", checkpoint.name)
+    except OSError as error:
+        raise not_written(checkpoint, error) from error
     saved = sorted(checkpoint.parent.glob("step-*"), key=_step)
     kept = [path for path in saved if _step(path) <= _step(checkpoint)][-keep:]
     for old in set(saved) - set(kept):
         shutil.rmtree(old)
+
+
+def not_written(checkpoint: Path, error: Exception) -> OSError:
+    """What to raise where a part of `checkpoint` could not be written."""
+    free = shutil.disk_usage(checkpoint.parent).free / 1e6
+    return OSError(
+        f"{checkpoint} could not be written ({error}); {free:.0f} MB are free there. The one before it is whole: make "
+        "room and go on with --resume auto"
+    )
 
 
 def move_aside(run_dir: Path) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline import collectives
-from pipeline.checkpoint import identity_of
+from pipeline.checkpoint import identity_of, not_written
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -107,11 +107,7 @@ def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, 
     try:
         engine.save_checkpoint(str(checkpoint.parent), tag=checkpoint.name, client_state=state, save_latest=False)
     except (OSError, RuntimeError) as error:
-        free = shutil.disk_usage(checkpoint.parent).free / 1e6
-        raise OSError(
-            f"{checkpoint} could not be written ({error}); {free:.0f} MB are free there. The one before it is whole: "
-            "make room and go on with --resume auto"
-        ) from error
+        raise not_written(checkpoint, error) from error
     collectives.barrier()
 
 
@@ -155,7 +151,10 @@ def _universal_form(checkpoint: Path) -> Path:
     Rank 0 makes it. The others hear from it every few seconds: in one long wait for it a collective would time out.
     """
     if collectives.rank() == 0:
-        print(f"resume: {checkpoint} was written under another ZeRO stage or world size; converting a copy", flush=True)
+        print(
+            f"resume: {checkpoint} was written by other ranks or under another ZeRO stage; converting a copy",
+            flush=True,
+        )
     with ThreadPoolExecutor(1) as pool:
         work = pool.submit(_convert, checkpoint) if collectives.rank() == 0 else None
         while not collectives.broadcast(bool(work and wait([work], timeout=5).done)):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipeline import ledger
-from pipeline.checkpoint import damage_of, find_checkpoint
+from pipeline.checkpoint import damage_of, find_checkpoint, identity_of, publish
 from tests.runs import config_of, deepspeed_json, largest_difference, run, weights
 
 
@@ -82,3 +82,18 @@ def test_a_named_checkpoint_that_is_damaged_is_refused_and_none_before_it_is_tak
     with pytest.raises(ValueError, match="step-2 cannot be used"):
         find_checkpoint(replace(config, resume=str(tmp_path / "run" / "checkpoints" / "step-2")))
     assert find_checkpoint(replace(config, run_dir=str(tmp_path / "nothing"), resume="auto")) is None
+
+
+@pytest.mark.parametrize("name", ["latest", "step-2/manifest.json"])
+def test_a_checkpoint_that_cannot_be_published_says_so_and_the_one_before_stays_the_newest(
+    three_checkpoints, tmp_path, name
+):
+    """As on a disk that is full just then."""
+    config, copy_of = three_checkpoints
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.copytree(config.run_dir, tmp_path / "run")
+    (checkpoints / "latest").write_text("step-1")
+    (checkpoints / f"{name}.new").mkdir()
+    with pytest.raises(OSError, match=r"step-2 could not be written .* The one before it is whole"):
+        publish(checkpoints / "step-2", identity_of(checkpoints / "step-2"), keep=9)
+    assert find_checkpoint(copy_of(tmp_path / "run")) == checkpoints / "step-1"
