@@ -9,7 +9,7 @@ from pipeline.config import InfluenceConfig, PolicyConfig, to_dict
 BASELINE = "none"
 METRICS = ("perplexity", "bits_per_byte")
 _CONTROLS = ("influence.estimator", "influence.unit", "influence.scope")
-_OWN = ("run_dir", "seed", "resume", "dry_run", "influence", "policy", "checkpoint", "observe")
+_OWN = ("run_dir", "seed", "resume", "dry_run", "influence", "policy", "checkpoint", "observe", "fidelity", "benchmark")
 
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
