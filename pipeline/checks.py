@@ -27,7 +27,8 @@ FIDELITY_ESTIMATORS = (
     "logit_gradient_norm",
     "random",
 )
-FIDELITY_REFERENCES = ("ip", "ip_adam", "shapley_sgd", "shapley_adam")
+EXACT = "exact"
+FIDELITY_REFERENCES = (EXACT, "ip", "ip_adam", "shapley_sgd", "shapley_adam")
 
 _NOT_FOR_TRAINING = {
     "influence.estimator": {"ip": "takes a backward a sample: pipeline.fidelity measures the others against it"},
@@ -171,6 +172,10 @@ def _check_fidelity(fidelity: "FidelityConfig") -> None:
             raise ValueError(f"fidelity.{name}: '{unknown[0]}' is none of {', '.join(known)}")
         if not values:
             raise ValueError(f"fidelity.{name} is empty; name at least one of {', '.join(known)}")
+    if EXACT in fidelity.references and not fidelity.exact:
+        raise ValueError(
+            f"fidelity.references: '{EXACT}' holds sketches against exact scores: set fidelity.exact to true"
+        )
     if fidelity.standard_error < 0:
         raise ValueError(f"fidelity.standard_error must be 0 or more, not {fidelity.standard_error}")
 

@@ -174,7 +174,8 @@ class FidelityConfig:
     """Sequences in a batch. The references keep that many gradients, 8 bytes a parameter each."""
     references: list[str] = field(default_factory=lambda: ["ip", "ip_adam"])
     """What scores are held against; the first is the figure's. ip: inner products of true gradients; ip_adam: the same
-    in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step."""
+    in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step;
+    exact: sketched scores against the same estimator's exact ones."""
     shapley_batches: int = 1
     """How many of the batches get the Shapley references, which take most of the time."""
     permutations: int = 1000

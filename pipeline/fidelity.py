@@ -8,11 +8,10 @@ Writes RUN_DIR/fidelity.json and RUN_DIR/fidelity.png.
 
 import copy
 import json
-import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from transformers import PreTrainedModel
 
 from pipeline import engine
 from pipeline.checkpoint import checkpoints_of
-from pipeline.checks import read_deepspeed_config
+from pipeline.checks import EXACT, read_deepspeed_config
+from pipeline.comparison import Comparison, widths
 from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse
 from pipeline.data import Batch, Samples
 from pipeline.estimator import Estimator
 from pipeline.evaluate import load_weights
-from pipeline.fidelity_figure import draw, widths
+from pipeline.fidelity_figure import draw
 from pipeline.loss import token_losses
 from pipeline.model import head_layer, linear_layers, load_model
 from pipeline.prepare import ensure_prepared, load_split
@@ -55,61 +55,6 @@ _OWN_TERMS = (True, False)
 Moments = dict[str, dict[str, Tensor]]
 Values = dict[tuple[str, bool], Tensor]
 """By reference and whether the own term is in; (B,) each."""
-
-
-@dataclass
-class Comparison:
-    """One estimator against one reference at one checkpoint: (scores, values) of each batch, (B,) each."""
-
-    checkpoint: str
-    estimator: str
-    precondition: str
-    sketch: str
-    reference: str
-    own_term: str
-    pairs: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        """Of the estimator, for people."""
-        form = self.estimator if self.precondition == "none" else f"{self.estimator}/{self.precondition}"
-        return form if self.sketch == "none" else f"{form} {self.sketch}"
-
-    @property
-    def correlations(self) -> list[float]:
-        """Pearson's, of each batch; NaN where one side is constant."""
-        return [pearson(*pair) for pair in self.pairs]
-
-    def row(self) -> dict[str, Any]:
-        """`sign_agreement`: fraction of samples whose score and value have one sign."""
-        scores, values = (np.concatenate(side) for side in zip(*self.pairs, strict=True))
-        of_batches = np.array(self.correlations)
-        numbers = {
-            "pearson_mean": of_batches.mean(),
-            "pearson_std": of_batches.std(),
-            "pearson_min": of_batches.min(),
-            "spearman_mean": np.mean([spearman(*pair) for pair in self.pairs]),
-            "sign_agreement": np.mean(np.sign(scores) == np.sign(values)),
-        }
-        keys = ("checkpoint", "estimator", "precondition", "sketch", "reference", "own_term")
-        return {
-            **{key: getattr(self, key) for key in keys},
-            **{key: float(number) if np.isfinite(number) else None for key, number in numbers.items()},
-            "batches": len(self.pairs),
-        }
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Linear correlation, -1 to 1; NaN where one side is constant."""
-    x, y = x - x.mean(), y - y.mean()
-    norms = np.sqrt((x @ x) * (y @ y))
-    return float(x @ y / norms) if norms > 0 else math.nan
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Rank correlation, equal values sharing the mean of their ranks."""
-    ranks = [(np.searchsorted(np.sort(v), v) + np.searchsorted(np.sort(v), v, "right")) / 2 for v in (x, y)]
-    return pearson(*ranks)
 
 
 # Scores
@@ -188,6 +133,8 @@ def reference_values(
     details: dict[str, Any] = {}
     gradients_BP = sample_gradients(model, batch)
     for name in config.fidelity.references:
+        if name == EXACT:
+            continue  # not of the samples, but of the other form of an estimator
         if name == "ip":
             effects = inner_products(gradients_BP).cpu()
         elif name == "ip_adam":
@@ -293,13 +240,18 @@ def measure(config: Config) -> dict[str, Any]:
                 {"checkpoint": checkpoint, "batch": index, "reference": name, **detail}
                 for name, detail in details.items()
             ]
+        exact_forms: dict[tuple[str, str, bool], list[Tensor]] = {}
         for key, own, scores in _all_scores(config, model, exact, batches, moments, adam, device):
-            for values, scores_B in zip(values_of_batch, scores, strict=True):
-                for (reference, reference_own), values_B in values.items():
-                    if reference_own == own:
-                        where = (checkpoint, *key, reference, "in" if own else "out")
-                        pairs = comparisons.setdefault(where, Comparison(*where)).pairs
-                        pairs.append((scores_B.numpy(), values_B.numpy()))
+            name, precondition, sketch = key
+            whole = exact_forms.setdefault((name, precondition, own), scores)  # an exact form comes before its sketch
+            for values, scores_B, whole_B in zip(values_of_batch, scores, whole, strict=True):
+                held = {reference: values_B for (reference, side), values_B in values.items() if side == own}
+                if EXACT in config.fidelity.references and sketch != "none":
+                    held[EXACT] = whole_B
+                for reference, values_B in held.items():
+                    where = (checkpoint, *key, reference, "in" if own else "out")
+                    pairs = comparisons.setdefault(where, Comparison(*where)).pairs
+                    pairs.append((scores_B.numpy(), values_B.numpy()))
     report = {"rows": [comparison.row() for comparison in comparisons.values()], "shapley": shapley}
     run_dir = Path(config.run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)

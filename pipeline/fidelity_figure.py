@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import matplotlib
 import numpy as np
 
-from pipeline.config import Config, InfluenceConfig, SketchConfig
+from pipeline.comparison import Comparison, widths
+from pipeline.config import Config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -15,33 +15,7 @@ from matplotlib import pyplot as plt
 _MOST_SCATTERS = 4
 
 
-class Compared(Protocol):
-    """What is drawn: `fidelity.Comparison`."""
-
-    checkpoint: str
-    estimator: str
-    precondition: str
-    sketch: str
-    reference: str
-    own_term: str
-    pairs: list[tuple[np.ndarray, np.ndarray]]
-
-    @property
-    def name(self) -> str: ...
-
-    @property
-    def correlations(self) -> list[float]: ...
-
-
-def widths(influence: InfluenceConfig) -> str:
-    """The sketch as text: `KxG`, or `none`."""
-    sketch = influence.sketch
-    if not isinstance(sketch, SketchConfig):
-        return "none"
-    return f"{sketch.layers if influence.estimator == 'ghost' else sketch.inputs}x{sketch.gradients}"
-
-
-def draw(config: Config, comparisons: Sequence[Compared], path: Path) -> None:
+def draw(config: Config, comparisons: Sequence[Comparison], path: Path) -> None:
     """Above, score against reference at up to four checkpoints; below, the mean correlation over checkpoints and the
     spread of the batches' correlations, by estimator.
 

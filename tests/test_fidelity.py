@@ -10,9 +10,10 @@ import torch
 from pipeline import engine
 from pipeline.checkpoint import checkpoints_of
 from pipeline.checks import FIDELITY_ESTIMATORS
-from pipeline.config import to_yaml
+from pipeline.comparison import pearson, spearman
+from pipeline.config import SketchConfig, to_yaml
 from pipeline.data import Samples
-from pipeline.fidelity import main, measure, pearson, row_and_column_means, spearman
+from pipeline.fidelity import main, measure, row_and_column_means
 from pipeline.loss import token_losses
 from pipeline.model import load_model
 from pipeline.prepare import load_split
@@ -110,6 +111,21 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     assert matplotlib.image.imread(Path(config.run_dir) / "fidelity.png").ndim == 3
 
 
+def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_run, tmp_path):
+    """Catches the exact scores of another estimator, or with the own term in where it is out."""
+    config = replace(adam_run(3), run_dir=str(tmp_path / "new"))
+    chosen = {"estimators": ["lli", "ghost", "random"], "references": ["exact"], "checkpoints": None}
+    rows = measure(replace(config, fidelity=replace(config.fidelity, **chosen)))["rows"]
+    assert [(row["estimator"], row["own_term"]) for row in rows] == [
+        (name, own) for name in ("lli", "ghost") for own in ("in", "out")
+    ]
+    assert all(0.5 < row["pearson_mean"] < 1 for row in rows)
+    assert {row["reference"] for row in rows} == {"exact"}
+    config = replace(config, influence=replace(config.influence, sketch=SketchConfig(10**6, 10**6, 10**3)))
+    whole = measure(replace(config, fidelity=replace(config.fidelity, **chosen | {"estimators": ["lli"]})))["rows"]
+    assert [row["pearson_min"] for row in whole] == pytest.approx([1, 1])
+
+
 def test_a_run_without_checkpoints_is_measured_at_its_start_by_the_command(adam_run, tmp_path, capsys):
     """Before Adam's first update there is no geometry to measure in."""
     config = replace(adam_run(3), run_dir=str(tmp_path / "new"))
@@ -133,6 +149,7 @@ def test_a_checkpoint_that_is_not_there_is_named(adam_run):
     [
         ({"fidelity__estimators": "[lai,magic]"}, "fidelity.estimators: 'magic' is none of"),
         ({"fidelity__references": "[]"}, "fidelity.references is empty"),
+        ({"fidelity__references": "[exact]", "fidelity__exact": "false"}, "set fidelity.exact to true"),
         ({"fidelity__batch_size": 2}, "fidelity.batch_size is too small"),
         ({"fidelity__standard_error": -1}, "fidelity.standard_error must be"),
     ],
