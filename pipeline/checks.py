@@ -32,7 +32,6 @@ FIDELITY_REFERENCES = (EXACT, "ip", "ip_adam", "shapley_sgd", "shapley_adam")
 
 _NOT_FOR_TRAINING = {
     "influence.estimator": {"ip": "takes a backward a sample: pipeline.fidelity measures the others against it"},
-    "influence.passes": {"score_first": "is not built yet"},
 }
 
 
@@ -149,17 +148,34 @@ def _check_influence(config: "Config") -> None:
             f"influence.reference '{influence.reference}' with estimator '{influence.estimator}' says nothing about; "
             "leave it out"
         )
-    if influence.estimator != "ghost":
-        return
-    if influence.unit == "document":
+    _check_accumulation(config, settings, stage)
+    if influence.estimator == "ghost" and influence.unit == "document":
         raise ValueError(
             "influence.unit 'document' is not for estimator 'ghost': the gradient at a position is that of all later "
             "losses of its sequence, of other documents too; set it to sequence"
         )
-    if stage == 1 and settings["zero_optimization"].get("overlap_comm"):
+
+
+def _check_accumulation(config: "Config", settings: dict[str, Any], stage: int) -> None:
+    """What steps need whose number of backwards is ours to choose."""
+    influence, policy = config.influence, config.policy
+    if influence.passes == "score_first":
+        if influence.estimator in ("none", "ghost"):
+            why = {"none": "scores nothing", "ghost": "scores by the training backward itself"}[influence.estimator]
+            raise ValueError(
+                f"influence.passes 'score_first' scores before it trains, and estimator '{influence.estimator}' {why}; "
+                "set passes to one"
+            )
+        if policy.action == "observe":
+            raise ValueError(
+                "influence.passes 'score_first' saves the training of what is dropped, and policy.action 'observe' "
+                "drops nothing; set passes to one"
+            )
+    if influence.owns_accumulation and stage == 1 and settings["zero_optimization"].get("overlap_comm"):
+        what = "estimator 'ghost'" if influence.estimator == "ghost" else "influence.passes 'score_first'"
         raise ValueError(
-            f"estimator 'ghost' owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 "
-            f"and 3 only: set it to false in {config.deepspeed_config}"
+            f"{what} owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 and 3 only: "
+            f"set it to false in {config.deepspeed_config}"
         )
 
 
@@ -209,8 +225,7 @@ def read_deepspeed_config(config: "Config") -> dict[str, Any]:
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if not isinstance(settings.setdefault(key, 1), int) or settings[key] < 1:
             raise ValueError(f"{path}: {key} must be a whole number of at least 1, not {settings[key]!r}")
-    if config.influence.estimator == "ghost":
-        # One backward more than planned, after the last one, where something is to be dropped.
+    if config.influence.owns_accumulation:
         settings["managed_gradient_accumulation"] = False
     # DeepSpeed's progress lines would interrupt the progress bar.
     return {"steps_per_print": sys.maxsize, **settings}

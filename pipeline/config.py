@@ -117,7 +117,14 @@ class InfluenceConfig:
     """What a unit is compared with, decided together with, and at what price. micro_step: the global micro-batch, in
     the training forward; step: all micro-batches of the optimizer step, in one more forward before any backward."""
     passes: Literal["one", "score_first"] = "one"
-    """one: score inside the training forward."""
+    """one: score inside the training forward. score_first: score in a forward without gradients, then train on what is
+    kept only, shared out evenly among the ranks: faster where much is dropped (from about two fifths on)."""
+
+    @property
+    def owns_accumulation(self) -> bool:
+        """Whether the number of backwards in an optimizer step is ours: one more than planned to take out what was
+        dropped, or as many as what is kept needs."""
+        return self.estimator == "ghost" or self.passes == "score_first"
 
 
 @dataclass(frozen=True)

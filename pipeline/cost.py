@@ -71,7 +71,9 @@ def variants(config: Config) -> dict[str, Config]:
         raise ValueError("influence.estimator 'none' scores nothing; choose what to measure, or benchmark.estimators")
     # An audit is a forward of its own after the step, which nobody asked to measure.
     config = replace(config, observe=replace(config.observe, audit_every_steps=None))
-    plain = replace(influence, estimator="none", precondition="none", reference="batch", scope="micro_step")
+    plain = replace(
+        influence, estimator="none", precondition="none", reference="batch", scope="micro_step", passes="one"
+    )
     found = {PLAIN: replace(config, influence=plain)}
     for name in names:
         estimator, _, precondition = name.partition("/")
@@ -162,12 +164,12 @@ def _prepare(
     config: Config, configs: dict[str, Config], device: torch.device
 ) -> tuple[engine.DeepSpeedEngine, dict[str, Kind]]:
     """One engine, and all kinds of steps on it."""
-    needs_backward = [own for own in configs.values() if own.influence.estimator == "ghost"]
-    settings = read_deepspeed_config(needs_backward[0] if needs_backward else config)
-    if needs_backward and settings["gradient_accumulation_steps"] > 1:
+    ours = [own for own in configs.values() if own.influence.owns_accumulation]
+    settings = read_deepspeed_config(ours[0] if ours else config)
+    if ours and settings["gradient_accumulation_steps"] > 1:
         raise ValueError(
-            "benchmark.estimators: with 'ghost', every micro-batch of a plain step would be a step; set "
-            f"gradient_accumulation_steps to 1 in {config.deepspeed_config}"
+            "benchmark: with estimator 'ghost' or passes 'score_first', every micro-batch of a plain step would be a "
+            f"step; set gradient_accumulation_steps to 1 in {config.deepspeed_config}"
         )
     model = load_model(config.model, config.seed, settings)
     length, longest = config.data.sequence_length, getattr(model.config, "max_position_embeddings", None)
@@ -275,6 +277,8 @@ def _setting(config: Config, ds_engine: engine.DeepSpeedEngine, device: torch.de
         "zero_stage": ds_engine.zero_optimization_stage(),
         "precision": precision,
         "sketch": influence.sketch if influence.sketch == "none" else vars(influence.sketch),
+        "passes": influence.passes,
+        "policy": vars(config.policy),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "versions": {name: version(name) for name in ("torch", "deepspeed", "transformers")},

@@ -59,15 +59,21 @@ class Batch:
         ids_BT[self._rows_U()[units_U].to(ids_BT.device)] = 0
         return replace(self, input_ids_BT=ids_BT)
 
+    @property
+    def positions_U(self) -> Tensor:
+        """Of each unit's sequence, in the order of samples."""
+        return torch.tensor([unit.position for unit in self.units], device=self.input_ids_BT.device)
+
     def _rows_U(self) -> Tensor:
         return torch.tensor([unit.span[0] // self.input_ids_BT.shape[1] for unit in self.units])
 
 
 @dataclass(frozen=True)
 class Scored:
-    """This rank's units of one micro-batch: scores against all that is decided together and against the micro-batch
-    alone, losses (sums over labelled tokens, nats) and how many tokens these are."""
+    """This rank's units of one micro-batch: the positions of their sequences, scores against all that is decided
+    together and against the micro-batch alone, losses (sums over labelled tokens, nats), how many tokens these are."""
 
+    positions_U: Tensor
     scores_U: Tensor
     micro_scores_U: Tensor
     losses_U: Tensor
@@ -84,6 +90,7 @@ class UnitTable:
 
     ranks: Tensor
     micro_steps: Tensor
+    positions: Tensor
     scores: Tensor
     micro_scores: Tensor
     losses: Tensor
@@ -99,8 +106,9 @@ class UnitTable:
         alike = [torch.full_like(own[0], value) for value in (rank, stop)]
         gathered = collectives.all_gather_rows(torch.stack([*own, *alike], dim=1)).cpu()
         in_order = gathered[gathered[:, 0].argsort(stable=True)]  # by micro-batch, then by rank
-        micro_steps, scores, micro_scores, losses, tokens, ranks, stops = in_order.T
-        return cls(ranks.long(), micro_steps.long(), scores, micro_scores, losses, tokens, bool(stops.any()))
+        micro_steps, positions, scores, micro_scores, losses, tokens, ranks, stops = in_order.T
+        ranks, micro_steps, positions = ranks.long(), micro_steps.long(), positions.long()
+        return cls(ranks, micro_steps, positions, scores, micro_scores, losses, tokens, bool(stops.any()))
 
     @property
     def finite(self) -> Tensor:
@@ -110,7 +118,7 @@ class UnitTable:
 
     def of(self, mask: Tensor) -> "UnitTable":
         """Some of the units."""
-        columns = ("ranks", "micro_steps", "scores", "micro_scores", "losses", "tokens")
+        columns = ("ranks", "micro_steps", "positions", "scores", "micro_scores", "losses", "tokens")
         return replace(self, **{name: getattr(self, name)[mask] for name in columns})
 
 

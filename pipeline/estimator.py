@@ -41,7 +41,7 @@ class Estimator:
         self._scale_V: Tensor | None = None
         self._means: Means = {}
         self._held: dict[str, Tensor] = {}
-        self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._moments = config.estimator not in ("none", "loss", "random")
         self.needs_backward = config.estimator == "ghost"
         if not self._moments:
@@ -143,7 +143,7 @@ class Estimator:
                 finite_U = batch.whole_rows(finite_U & basis.sum(1).isfinite())
                 # One sample that is not finite must not make all scores so.
                 basis = basis.where(finite_U[:, None], 0.0)
-        self._pending.append((basis, losses_U.where(finite_U, torch.nan), tokens_U))
+        self._pending.append((basis, batch.positions_U, losses_U.where(finite_U, torch.nan), tokens_U))
 
     @torch.no_grad()
     def scores(self) -> list[Scored]:
@@ -157,17 +157,17 @@ class Estimator:
         """
         pending, self._pending = self._pending, []
         if not self._moments:
-            return [Scored(scores_U, scores_U, losses_U, tokens_U) for scores_U, losses_U, tokens_U in pending]
+            return [Scored(positions_U, scores_U, scores_U, *rest) for scores_U, positions_U, *rest in pending]
         micro = self._references(pending)
         with self._timed("moments"):
             together, own = self._reference(micro)
             scored = []
-            for (moments_UM, losses_U, tokens_U), micro_M in zip(pending, micro, strict=True):
+            for (moments_UM, positions_U, *rest), micro_M in zip(pending, micro, strict=True):
                 scores_U = influence_scores(moments_UM, together, own)
                 micro_U = scores_U
                 if self._config.reference == "batch" and len(micro) > 1:
                     micro_U = influence_scores(moments_UM, micro_M, own)
-                scored.append(Scored(scores_U, micro_U, losses_U, tokens_U))
+                scored.append(Scored(positions_U, scores_U, micro_U, *rest))
             return scored
 
     @property
@@ -185,7 +185,7 @@ class Estimator:
         if self._squared:  # D is of what is trained on
             self._square_sum_V.zero_()
 
-    def _references(self, pending: list[tuple[Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    def _references(self, pending: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """The moment of each micro-batch, on all ranks together. Collective."""
         with self._timed("moments"):
             local = [moments_UM.sum(0) for moments_UM, *_ in pending]

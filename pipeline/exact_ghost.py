@@ -62,7 +62,8 @@ class ExactGhost(Estimator):
             while self._kept:
                 input_BTD, gradients = self._kept.pop()
                 scores_B += inner_products(input_BTD, gradients[0].to(input_BTD.dtype))
-        self._pending.append((scores_B, batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)))
+        losses_B, tokens_B = batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)
+        self._pending.append((scores_B, batch.positions_U, losses_B, tokens_B))
 
 
 def inner_products(input_BTD: Tensor, gradient_BTO: Tensor) -> Tensor:

@@ -15,6 +15,9 @@ from pipeline.loss import IGNORE, Visitor, token_losses, weighted_mean
 from pipeline.policy import Decision, decide
 from pipeline.timing import Stopwatch
 
+Weighted = tuple[int, Tensor]
+"""Position of a sequence, and what a token of each of its units weighs in the loss."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -44,8 +47,10 @@ class Outcome:
 class Step:
     """Takes optimizer steps with `ds_engine`. Collective: all ranks, all in the same order.
 
-    `lai`, `lli` and the controls decide between forward and backward, and the gradient is the mean over the step's
-    micro-batches of each one's mean over its kept tokens. `ghost` decides after the backward, and one pass over what
+    `lai`, `lli`, `residual` and the controls decide between forward and backward, or, with `influence.passes:
+    score_first`, in forwards without gradients, after which only what is kept is trained on, shared out anew among the
+    ranks. Both ways the gradient is the mean over the step's micro-batches of each one's mean over its kept tokens.
+    `ghost` decides after the backward, and one pass over what
     is not kept as it is takes it out again; the gradient is the kept tokens' sum over the number of *all* labelled
     tokens of the step, which is known before: no factor all / kept is applied.
     """
@@ -75,7 +80,11 @@ class Step:
         ]
         self._stop_requested, skipped = stop_requested, self._engine.skipped_steps
         self._refresh(step)
-        train = self._decide_after_backward if self._estimator.needs_backward else self._decide_before_backward
+        train = self._decide_before_backward
+        if self._estimator.needs_backward:
+            train = self._decide_after_backward
+        elif self._config.influence.passes == "score_first":
+            train = self._score_first
         decided, norm = train(step, starts, batches)
         disagreement = None
         if self._config.influence.scope == "step":
@@ -111,19 +120,16 @@ class Step:
     def _decide_before_backward(
         self, step: int, starts: list[int], batches: list[Batch]
     ) -> tuple[list[tuple[UnitTable, Decision]], float | None]:
-        known: list[tuple[UnitTable, Decision]] | None = None
-        if self._config.influence.scope == "step":
-            with self._timed("scoring forward"), torch.no_grad():
-                for m, batch in enumerate(batches):
-                    self._score(batch, step, m)
-            known = self._decide_on_all(step)
+        known = self._decide_without_gradients(step, batches) if self._config.influence.scope == "step" else None
         decided, norm = [], None
         for m, batch in enumerate(batches):
             if known:
                 losses_BT, _ = self._forward(batch, step, m)
                 units, decision = known[m]
             else:
-                losses_BT = self._score(batch, step, m)
+                with self._estimator.capture():
+                    losses_BT, feedback_NG = self._forward(batch, step, m, self._estimator.visit)
+                self._estimator.add(batch, losses_BT.detach(), feedback_NG)
                 units = self._gather()
                 decision = self._decide(units, step, m, units.scores)
             own = units.ranks == self._rank
@@ -137,6 +143,34 @@ class Step:
             norm = engine.take_step(self._engine)
             decided.append((units, decision))
         return decided, norm
+
+    def _decide_without_gradients(self, step: int, batches: list[Batch]) -> list[tuple[UnitTable, Decision]]:
+        """In forwards of their own, which keep nothing for a backward."""
+        decided = []
+        for m, batch in enumerate(batches):
+            with self._timed("scoring forward"), torch.no_grad(), self._estimator.capture():
+                losses_BT, feedback_NG = self._forward(batch, step, m, self._estimator.visit)
+            self._estimator.add(batch, losses_BT, feedback_NG)
+            if self._config.influence.scope == "micro_step":
+                units = self._gather()
+                decided.append((units, self._decide(units, step, m, units.scores)))
+        return decided or self._decide_on_all(step)
+
+    def _score_first(
+        self, step: int, starts: list[int], batches: list[Batch]
+    ) -> tuple[list[tuple[UnitTable, Decision]], float | None]:
+        decided = self._decide_without_gradients(step, batches)
+        sequences: list[Weighted] = []
+        for units, decision in decided:
+            kept_tokens = float((decision.weights * units.tokens).sum())
+            for position in units.positions.unique().tolist():
+                weights_U = decision.weights[units.positions == position]
+                sequences.append((position, weights_U / (kept_tokens or 1.0)))
+        # Where nothing is kept anywhere, one backward still has to give the engine its zero gradient.
+        kept = [(position, weights_U) for position, weights_U in sequences if weights_U.any()] or sequences[:1]
+        all_finite = all(bool(units.finite.all()) for units, _ in decided)
+        self._backward(kept, 1.0, step, check=not all_finite)
+        return decided, engine.take_step(self._engine)
 
     def _decide_after_backward(
         self, step: int, starts: list[int], batches: list[Batch]
@@ -153,12 +187,12 @@ class Step:
                 decided.append((units, self._decide(units, step, m, units.scores)))
         decided = decided or self._decide_on_all(step)
         with self._timed("correction"):
-            corrections = [
-                (start + index, float(decision.weights[index]) - 1)
-                for start, (_, decision), trained_U in zip(starts, decided, trained, strict=True)
+            corrections: list[Weighted] = [
+                (int(units.positions[index]), decision.weights[index : index + 1] - 1)
+                for (units, decision), trained_U in zip(decided, trained, strict=True)
                 for index in ((decision.weights != 1) & trained_U).nonzero().flatten().tolist()
             ]
-            self._correct(corrections, denominator)
+            self._backward(corrections, denominator, step)
         return decided, engine.take_step(self._engine)
 
     def _score_in_backward(self, batch: Batch, step: int, m: int, denominator: float) -> Tensor:
@@ -178,16 +212,23 @@ class Step:
         self._estimator.add(batch, recorded_BT, feedback_NG)
         return finite_U
 
-    def _correct(self, corrections: list[tuple[int, float]], denominator: float) -> None:
-        """Backward of the sequences at these positions with these weights, spread over the ranks."""
-        mine = corrections[self._rank :: self._world]
-        rounds = -(-len(corrections) // (self._world * self.size))
-        for first in range(0, rounds * self.size, self.size):
-            # Every rank runs every backward: one that has run out takes any, and it counts for nothing.
-            part = mine[first : first + self.size] or [(corrections[0][0], 0.0)]
+    def _backward(self, sequences: list[Weighted], denominator: float, step: int, check: bool = False) -> None:
+        """Backwards of these sequences, spread evenly over the ranks, whoever read them before. `check`: refuse weights
+        that are broken."""
+        mine = sequences[self._rank :: self._world]
+        rounds = -(-len(sequences) // (self._world * self.size))
+        for index in range(rounds):
+            # Every rank runs every backward: one that has run out takes a blank, and it counts for nothing.
+            spare = [(position, torch.zeros_like(weights_U)) for position, weights_U in sequences[:1]]
+            part = mine[index * self.size : (index + 1) * self.size] or spare
             batch = self._samples.batch_at([position for position, _ in part], self._engine.device)
-            losses_BT, _ = self._forward(batch, 0, 0)
-            weights_BT = batch.spread_over_tokens(torch.tensor([weight for _, weight in part]))
+            weights_U = torch.cat([weights_U for _, weights_U in part])
+            if not weights_U.any():
+                batch = batch.blank(torch.ones(len(batch.units), dtype=torch.bool))
+            losses_BT, _ = self._forward(batch, step, index)
+            if check:
+                _refuse_broken_weights(losses_BT, step)
+            weights_BT = batch.spread_over_tokens(weights_U)
             self._engine.backward(weighted_mean(losses_BT, weights_BT, denominator, self._world))
 
     def _refresh(self, step: int) -> None:
@@ -225,13 +266,6 @@ class Step:
             self._estimator.add(batch, losses_BT.detach(), feedback_NG)
         self._engine.train()
         self._estimator.hold_validation()
-
-    def _score(self, batch: Batch, step: int, m: int) -> Tensor:
-        """The forward that scores; returns the loss of every position."""
-        with self._estimator.capture():
-            losses_BT, feedback_NG = self._forward(batch, step, m, self._estimator.visit)
-        self._estimator.add(batch, losses_BT.detach(), feedback_NG)
-        return losses_BT
 
     def _forward(self, batch: Batch, step: int, m: int, visit: Visitor | None = None) -> tuple[Tensor, Tensor | None]:
         """Loss of every position, and what `visit` keeps of the gradient at the logits."""
