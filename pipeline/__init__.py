@@ -9,7 +9,7 @@ The step, on every rank (train.py):
     table   = UnitTable.gather(scores, losses, tokens)          every rank sees every unit
     weights = decide(table, policy)                             the same decision everywhere
     engine.backward(weighted_mean(losses, weights)); engine.step()
-    recorder.micro_batch(table, weights)                        ledger, TensorBoard, checkpoint when due
+    recorder.step(table, weights)                               ledger, TensorBoard, checkpoint when due
 
 Shapes are suffixes of names. B: samples of a rank's micro-batch; T: positions of a sequence; N = B T; n: some of the N;
 U: units (sequences, or documents in them); D: width of a layer's input; K: sketched input width; V: vocabulary;

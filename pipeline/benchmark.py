@@ -2,8 +2,8 @@
 
 deepspeed --num_accelerators 2 --module pipeline.benchmark --config launch/benchmark_125m.yaml
 
-Writes RUN_DIR/benchmark.json (with `benchmark.sweep` also sweep.json and sweep.png) and prints its tables. Ledger and
-TensorBoard, which plain training writes too, are no part of a step here.
+Writes RUN_DIR/benchmark.json (with `benchmark.sweep` also sweep.json and sweep.png) and prints its tables. Scored steps
+write ledger and TensorBoard, plain ones nothing.
 """
 
 import json

@@ -1,10 +1,12 @@
 """What plain steps and scored ones cost: measured by turns on one engine, on random tokens."""
 
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -20,6 +22,7 @@ from pipeline.estimator import Estimator
 from pipeline.exact_ghost import ExactGhost
 from pipeline.loss import IGNORE
 from pipeline.model import linear_layers, load_model
+from pipeline.observe import Recorder
 from pipeline.step import Step
 from pipeline.timing import Stopwatch
 
@@ -39,11 +42,19 @@ class RandomTokens(Samples):
         ids_BT = torch.from_numpy(np.stack(rows))
         labels_BT = torch.full_like(ids_BT, IGNORE)
         labels_BT[:, :-1] = ids_BT[:, 1:]
-        units = [
+        return Batch(ids_BT.to(device), labels_BT.to(device), self._units_at(positions))
+
+    def units(self, position: int, size: int) -> list[Unit]:
+        return self._units_at(list(range(position, position + size)))
+
+    def _units_at(self, positions: list[int]) -> list[Unit]:
+        return [
             Unit(position, position, (row * self._length, (row + 1) * self._length), [position], "-")
             for row, position in enumerate(positions)
         ]
-        return Batch(ids_BT.to(device), labels_BT.to(device), units)
+
+    def epoch(self, position: int) -> int:
+        return 0
 
 
 @dataclass
@@ -54,11 +65,21 @@ class Kind:
     take: Step
     estimator: Estimator
     timed: Stopwatch
+    recorder: Recorder | None
+    """Of scored steps, on rank 0."""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
     parts: Counter[str] = field(default_factory=Counter)
     work: Work | None = None
+
+    def step(self, step: int, position: int) -> None:
+        """One step, with what a run takes down of it."""
+        outcome = self.take(step, position, False)
+        if self.recorder:
+            with self.timed("ledger, TensorBoard"):
+                sequences = self.take.size * collectives.world_size()
+                self.recorder.step(step, outcome, sequences, {}, {"step": 1.0}, self.estimator.norms())
 
 
 def variants(config: Config) -> dict[str, Config]:
@@ -70,7 +91,8 @@ def variants(config: Config) -> dict[str, Config]:
     if own == "none" and not config.benchmark.estimators:
         raise ValueError("influence.estimator 'none' scores nothing; choose what to measure, or benchmark.estimators")
     # An audit is a forward of its own after the step, which nobody asked to measure.
-    config = replace(config, observe=replace(config.observe, audit_every_steps=None))
+    # Texts would want a tokenizer.
+    config = replace(config, observe=replace(config.observe, audit_every_steps=None, log_texts=False))
     plain = replace(
         influence, estimator="none", precondition="none", reference="batch", scope="micro_step", passes="one"
     )
@@ -104,7 +126,12 @@ def measure(config: Config) -> dict[str, Any]:
     configs = variants(config)
     device = engine.join_process_group()
     collectives.agree({"config": to_yaml(config)})
-    ds_engine, kinds = _prepare(config, configs, device)
+    with tempfile.TemporaryDirectory() as records:
+        return _measure(config, configs, device, Path(records))
+
+
+def _measure(config: Config, configs: dict[str, Config], device: torch.device, records: Path) -> dict[str, Any]:
+    ds_engine, kinds = _prepare(config, configs, device, records)
     sequences = kinds[PLAIN].take.size * kinds[PLAIN].take.accumulation * collectives.world_size()
 
     last_timed = config.benchmark.warmup + config.benchmark.pairs
@@ -112,7 +139,7 @@ def measure(config: Config) -> dict[str, Any]:
         for kind in _in_turn(kinds, round_):
             _wait_for_all(device)
             start, start_cpu = time.perf_counter(), time.process_time()
-            kind.take(round_ + 1, round_ * sequences, False)
+            kind.step(round_ + 1, round_ * sequences)
             _wait(device)
             elapsed, elapsed_cpu = time.perf_counter() - start, time.process_time() - start_cpu
             parts = kind.timed.read()
@@ -125,14 +152,16 @@ def measure(config: Config) -> dict[str, Any]:
         for kind in _in_turn(kinds, round_):
             _wait_for_all(device)
             with PeakMemory(device) as memory:
-                kind.take(round_ + 1, round_ * sequences, False)
+                kind.step(round_ + 1, round_ * sequences)
                 _wait(device)
             kind.peaks.append(memory.peak)
     held = {name: bytes_held(kind.estimator) for name, kind in kinds.items()}
     due = config.influence.adam_every_steps * config.influence.validation_every_steps * last + 1
     for kind in kinds.values():
         with Work(ds_engine.module) as kind.work:
-            kind.take(due, last * sequences, False)
+            kind.step(due, last * sequences)
+            if kind.recorder:
+                kind.recorder.close()
 
     figures = {}
     for name, kind in kinds.items():
@@ -161,7 +190,7 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def _prepare(
-    config: Config, configs: dict[str, Config], device: torch.device
+    config: Config, configs: dict[str, Config], device: torch.device, records: Path
 ) -> tuple[engine.DeepSpeedEngine, dict[str, Kind]]:
     """One engine, and all kinds of steps on it."""
     ours = [own for own in configs.values() if own.influence.owns_accumulation]
@@ -189,7 +218,11 @@ def _prepare(
     for name, (estimator, timed) in estimators.items():
         reference = other if configs[name].influence.reference == "validation" else None
         take = Step(ds_engine, estimator, configs[name], samples, reference, timed)
-        kinds[name] = Kind(configs[name], take, estimator, timed)
+        recorder = None
+        if name != PLAIN and collectives.rank() == 0:
+            recorded = replace(configs[name], run_dir=str(records / name))
+            recorder = Recorder(recorded, samples, 0, quiet=True)
+        kinds[name] = Kind(configs[name], take, estimator, timed, recorder)
     return ds_engine, kinds
 
 

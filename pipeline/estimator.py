@@ -159,7 +159,7 @@ class Estimator:
         if not self._moments:
             return [Scored(positions_U, scores_U, scores_U, *rest) for scores_U, positions_U, *rest in pending]
         micro = self._references(pending)
-        with self._timed("moments"):
+        with self._timed("scores"):
             together, own = self._reference(micro)
             scored = []
             for (moments_UM, positions_U, *rest), micro_M in zip(pending, micro, strict=True):
@@ -187,7 +187,7 @@ class Estimator:
 
     def _references(self, pending: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """The moment of each micro-batch, on all ranks together. Collective."""
-        with self._timed("moments"):
+        with self._timed("scores"):
             local = [moments_UM.sum(0) for moments_UM, *_ in pending]
             if self._squared:
                 tokens = torch.stack([tokens_U.sum() for *_, tokens_U in pending]).sum()

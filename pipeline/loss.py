@@ -9,6 +9,8 @@ IGNORE = -100
 """Label of a position that has none: the last of a sequence, and padding."""
 
 _CHUNK_BYTES = 64 * 2**20
+_CHUNK_BYTES_CPU = 16 * 2**20
+"""Smaller, because the C library maps larger blocks anew each time, and fresh pages cost more than the sums on them."""
 
 Visitor = Callable[[Tensor], Tensor]
 """Takes the logit gradients of a chunk of tokens, (n, V) float32, its to overwrite; returns what to keep, (n, G)."""
@@ -18,8 +20,8 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, visit: Visitor | None = 
     """Cross-entropy of every position, in nats, and what `visit` makes of its gradient with respect to the logits.
 
     loss_t = logsumexp(logits_t) - logits_t[label_t], and g_t = softmax(logits_t) - onehot(label_t), which needs no
-    backward. Where the label is IGNORE both are 0. Softmax exists for one chunk of tokens at a time, in the forward
-    and again in the backward, so no second (B, T, V) tensor is kept.
+    backward. Where the label is IGNORE both are 0. Softmax exists for one chunk of tokens at a time, formed once in the
+    forward, for loss and gradient both, and once in the backward, so no second (B, T, V) tensor is kept.
 
     Returns (losses_BT, feedback_NG): losses in float32 (float64 for float64 logits), attached to the graph; feedback
     for the N = B T positions in order, detached, or None without `visit`.
@@ -46,16 +48,20 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_NV: Tensor, labels_N: Tensor, visit: Visitor | None):
-        losses, kept = [], []
+        losses, lses, kept = [], [], []
         for logits_nV, labels_n in _chunks(logits_NV, labels_N):
             labelled_n = labels_n != IGNORE
             target_n1 = labels_n.where(labelled_n, 0).unsqueeze(1)
             logits_nV = _at_least_float32(logits_nV)
-            lse_n1 = logits_nV.logsumexp(1, keepdim=True)
+            largest_n1 = logits_nV.amax(1, keepdim=True)
+            softmax_nV = (logits_nV - largest_n1).exp_()
+            sum_n1 = softmax_nV.sum(1, keepdim=True)
+            lse_n1 = largest_n1 + sum_n1.log()
             losses.append((lse_n1 - logits_nV.gather(1, target_n1)).squeeze(1) * labelled_n)
+            lses.append(lse_n1)
             if visit is not None:
-                kept.append(visit(_logit_gradient(logits_nV, lse_n1, target_n1, labelled_n)))
-        ctx.save_for_backward(logits_NV, labels_N)
+                kept.append(visit(_less_onehot(softmax_nV.mul_(labelled_n[:, None] / sum_n1), target_n1, labelled_n)))
+        ctx.save_for_backward(logits_NV, labels_N, torch.cat(lses))
         if visit is None:
             return torch.cat(losses), None
         feedback_NG = torch.cat(kept)
@@ -64,29 +70,29 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_N: Tensor, _):
-        logits_NV, labels_N = ctx.saved_tensors
+        logits_NV, labels_N, lse_N1 = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
         start = 0
         for logits_nV, labels_n in _chunks(logits_NV, labels_N):
             stop = start + len(labels_n)
             labelled_n = labels_n != IGNORE
             target_n1 = labels_n.where(labelled_n, 0).unsqueeze(1)
-            logits_nV = _at_least_float32(logits_nV)
-            gradient_nV = _logit_gradient(logits_nV, logits_nV.logsumexp(1, keepdim=True), target_n1, labelled_n)
-            grad_NV[start:stop] = gradient_nV.mul_(grad_N[start:stop, None])
+            softmax_nV = (_at_least_float32(logits_nV) - lse_N1[start:stop]).exp_()
+            grad_NV[start:stop] = _less_onehot(softmax_nV, target_n1, labelled_n).mul_(
+                (grad_N[start:stop] * labelled_n)[:, None]
+            )
             start = stop
         return grad_NV, None, None
 
 
-def _logit_gradient(logits_nV: Tensor, lse_n1: Tensor, target_n1: Tensor, labelled_n: Tensor) -> Tensor:
-    """softmax - onehot, 0 where there is no label."""
-    gradient_nV = (logits_nV - lse_n1).exp_()
-    gradient_nV.scatter_add_(1, target_n1, gradient_nV.new_full(target_n1.shape, -1.0))
-    return gradient_nV.mul_(labelled_n[:, None])
+def _less_onehot(softmax_nV: Tensor, target_n1: Tensor, labelled_n: Tensor) -> Tensor:
+    """softmax - onehot, in place; rows without a label lose nothing."""
+    return softmax_nV.scatter_add_(1, target_n1, -labelled_n[:, None].to(softmax_nV))
 
 
 def _chunks(logits_NV: Tensor, labels_N: Tensor):
-    tokens = max(1, _CHUNK_BYTES // (4 * logits_NV.shape[1]))
+    size = _CHUNK_BYTES_CPU if logits_NV.device.type == "cpu" else _CHUNK_BYTES
+    tokens = max(1, size // (4 * logits_NV.shape[1]))
     return zip(logits_NV.split(tokens), labels_N.split(tokens), strict=True)
 
 

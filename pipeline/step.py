@@ -127,9 +127,7 @@ class Step:
                 losses_BT, _ = self._forward(batch, step, m)
                 units, decision = known[m]
             else:
-                with self._estimator.capture():
-                    losses_BT, feedback_NG = self._forward(batch, step, m, self._estimator.visit)
-                self._estimator.add(batch, losses_BT.detach(), feedback_NG)
+                losses_BT = self._score(batch, step, m)
                 units = self._gather()
                 decision = self._decide(units, step, m, units.scores)
             own = units.ranks == self._rank
@@ -148,9 +146,8 @@ class Step:
         """In forwards of their own, which keep nothing for a backward."""
         decided = []
         for m, batch in enumerate(batches):
-            with self._timed("scoring forward"), torch.no_grad(), self._estimator.capture():
-                losses_BT, feedback_NG = self._forward(batch, step, m, self._estimator.visit)
-            self._estimator.add(batch, losses_BT, feedback_NG)
+            with self._timed("scoring forward"), torch.no_grad():
+                self._score(batch, step, m)
             if self._config.influence.scope == "micro_step":
                 units = self._gather()
                 decided.append((units, self._decide(units, step, m, units.scores)))
@@ -266,6 +263,13 @@ class Step:
             self._estimator.add(batch, losses_BT.detach(), feedback_NG)
         self._engine.train()
         self._estimator.hold_validation()
+
+    def _score(self, batch: Batch, step: int, m: int) -> Tensor:
+        """The forward that scores; returns the loss of every position."""
+        with self._estimator.capture():
+            losses_BT, feedback_NG = self._forward(batch, step, m, self._estimator.visit)
+        self._estimator.add(batch, losses_BT.detach(), feedback_NG)
+        return losses_BT
 
     def _forward(self, batch: Batch, step: int, m: int, visit: Visitor | None = None) -> tuple[Tensor, Tensor | None]:
         """Loss of every position, and what `visit` keeps of the gradient at the logits."""

@@ -3,7 +3,6 @@
 deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstart.yaml [--influence.estimator lli ...]
 """
 
-import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -82,20 +81,12 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         with timed("step"):
             outcome = take(step, progress.position, stop.requested)
         if recorder:
-            for m, (position, units, decision) in enumerate(outcome.micro_batches):
-                where = {"step": step, "micro_step": m, "position": position}
-                recorder.micro_batch(where, take.size * world, units, decision)
             scalars = {
                 "train/lr": learning_rate,
-                "train/grad_norm": math.nan if outcome.gradient_norm is None else outcome.gradient_norm,
                 "train/skipped_steps": ds_engine.skipped_steps,
                 "train/memory_gb": engine.peak_memory() / 1e9,
             }
-            if outcome.disagreement is not None:
-                scalars["influence/scope_disagreement"] = outcome.disagreement
-            if outcome.audit is not None:
-                scalars["influence/audit_pearson"] = outcome.audit
-            recorder.step(step, scalars, timed.read(), estimator.norms())
+            recorder.step(step, outcome, take.size * world, scalars, timed.read(), estimator.norms())
         progress.step, progress.position = step, progress.position + take.size * world * take.accumulation
         stop.agreed |= outcome.stop
         unhealthy = 0 if outcome.healthy else unhealthy + 1

@@ -52,7 +52,15 @@ def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
     assert len(found["step_seconds"]["plain"]) == len(found["step_seconds"]["lai"]) == 2
     assert found["step_seconds"] == other["step_seconds"], "each step's time is its slowest rank's"
     parts = found["estimators"]["lai"]["seconds_by_part"]
-    assert {"layer inputs", "logit gradient", "moments", "reduce", "decide"} == parts.keys()
+    assert {
+        "layer inputs",
+        "logit gradient",
+        "moments",
+        "reduce",
+        "scores",
+        "decide",
+        "ledger, TensorBoard",
+    } == parts.keys()
     assert found["plain"]["model_flops_utilization"] is None
     print_tables(found)
     shown = capsys.readouterr().out

@@ -19,7 +19,7 @@ def logits_and_labels():
 @pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
 def test_token_losses_and_gradient_equal_autograd_through_cross_entropy(logits_and_labels, chunk_tokens, monkeypatch):
     logits, labels = logits_and_labels
-    monkeypatch.setattr(loss_module, "_CHUNK_BYTES", 4 * 11 * chunk_tokens)
+    monkeypatch.setattr(loss_module, "_CHUNK_BYTES_CPU", 4 * 11 * chunk_tokens)
     weights = torch.rand(2, 7, generator=torch.Generator().manual_seed(1))
     losses, feedback = token_losses(logits, labels, lambda gradient: gradient)
     (ours,) = torch.autograd.grad((losses * weights).sum(), logits)

@@ -8,8 +8,9 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline import ledger, removal
+from pipeline.board import TensorBoard
 from pipeline.ledger import counts_by_subset
-from pipeline.observe import TensorBoard, print_summary
+from pipeline.observe import print_summary
 from tests.runs import ADAM, config_of, deepspeed_json, run
 
 
