@@ -68,6 +68,15 @@ def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
     assert "…" not in shown, "every column has its place on 80 characters"
 
 
+def test_score_first_runs_half_the_backward_where_half_is_dropped(ranks, tiny_model, tmp_path):
+    """Catches a backward of what was dropped, and a plain step that drops too."""
+    half = {"policy__rule": "rate", "policy__rate": 0.5, "benchmark__pairs": 1, "influence__passes": "score_first"}
+    (found, _), _ = ranks(run, bench(tmp_path, tiny_model("gpt_neo"), **half))
+    plain, scored = found["plain"]["gflop"], found["estimators"]["lai"]["gflop"]
+    assert scored["backward"] == pytest.approx(plain["backward"] / 2)
+    assert scored["forward"] == pytest.approx(1.5 * plain["forward"], rel=0.15)
+
+
 def seen(config: Config) -> list[tuple[list[int], int]]:
     """Positions and tokens (their sum) of every batch of a run."""
     batches = []
