@@ -120,9 +120,9 @@ def print_plan(found: dict[str, Any]) -> None:
     )
     for shown in (sizes, costs, times):
         console.print(shown)
-    sent = ", ".join(f"{kind} {size / 1e9:,.3f} GB" for kind, size in plain["wire_bytes"].items())
+    handed = ", ".join(f"{kind} {size / 1e9:,.3f} GB" for kind, size in plain["wire_bytes"].items())
     speeds = found["speeds"]
-    console.print(f"plain training sends, a rank and step: {sent}")
+    console.print(f"a rank hands over in a plain step: {handed or 'nothing'}")
     console.print(
         f"at {speeds['low'] / 1e12:,.1f} TFLOP/s in 16 bits, {speeds['full'] / 1e12:,.1f} in float32, "
         f"{speeds['memory'] / 1e9:,.0f} GB/s of memory, {speeds['network'] / 1e9:,.0f} GB/s a rank on the wire",

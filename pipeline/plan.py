@@ -4,11 +4,13 @@ One micro-batch of one rank is counted (`reckoning.py`), what DeepSpeed adds fol
 1910.02054, sections 5 and 7), and the time from the speeds in `benchmark.*`. No process group, no engine, no memory.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from pipeline.checks import read_deepspeed_config
@@ -23,8 +25,8 @@ ASSUMPTIONS = (
     "One rank's share; all ranks alike, none waits for another, collectives have no latency.",
     "Operations, activations and sketches: counted on the forward, backward and estimators of training. Attention by "
     "torch is a fused kernel; nothing else is fused.",
-    "Weights, gradients, Adam's numbers and what plain training sends: ZeRO's formulas, ring collectives. The update "
-    "reads and writes each of its numbers once. Offloaded: memory only, no transfers and no time.",
+    "Weights, gradients, Adam's numbers and plain training's collectives (rings): ZeRO's formulas. Other work of "
+    "DeepSpeed: only the update, which reads and writes each number once. Offloaded: neither transfers nor time.",
     "Plain training's collectives are hidden behind its compute where that is longer; scoring's are not hidden.",
     "Nothing is dropped, so `ghost` corrects nothing. The rows that units are gathered by are in plain steps too.",
 )
@@ -66,7 +68,7 @@ def cluster_of(config: Config) -> Cluster:
     stage = zero.get("stage", 0)
     low = [key for key in ("bf16", "fp16") if settings.get(key, {}).get("enabled")]
     offloaded = {"weights": "offload_param", "optimizer": "offload_optimizer"}
-    buffers = 2 if zero.get("overlap_comm", stage == 3) and stage < 3 else 1
+    buffers = 2 if zero.get("overlap_comm") and stage < 3 else 1
     return Cluster(
         ranks=config.benchmark.ranks,
         stage=stage,
@@ -106,19 +108,25 @@ def update_bytes(parameters: int, cluster: Cluster) -> float:
 
 
 def plain_wire(parameters: int, cluster: Cluster) -> dict[str, float]:
-    """Bytes that a rank sends in an optimizer step, by ring algorithms: a reduce-scatter and an all-gather of n bytes
-    send n (ranks - 1) / ranks each, an all-reduce twice that.
+    """Bytes that a rank hands to each kind of collective in an optimizer step, of n for all weights or gradients.
 
-    Stages 0 and 1 reduce once a step, 2 and 3 once a micro-batch; 1 and 2 gather the updated weights once a step, 3
-    gathers them for every forward and every backward.
+    Stages 0 to 2 all-reduce the gradients (so DeepSpeed does it, where the paper has a reduce-scatter), 0 and 1 once a
+    step, 2 once a micro-batch; 1 and 2 then gather the updated weights, n / ranks from each. Stage 3 reduce-scatters
+    the gradients of every micro-batch and gathers the weights for its forward and its backward.
     """
-    whole = parameters * cluster.number * (cluster.ranks - 1) / cluster.ranks
-    if cluster.stage == 0:
-        return {"all_reduce": 2 * whole}
-    return {
-        "reduce_scatter": whole * (cluster.accumulation if cluster.stage > 1 else 1),
-        "all_gather": whole * (2 * cluster.accumulation if cluster.stage == 3 else 1),
-    }
+    whole, times = parameters * cluster.number, cluster.accumulation
+    if cluster.ranks == 1:
+        return {}
+    if cluster.stage == 3:
+        return {"all_gather": 2 * times * whole / cluster.ranks, "reduce_scatter": times * whole}
+    reduced = {"all_reduce": whole * (times if cluster.stage == 2 else 1)}
+    return reduced | ({"all_gather": whole / cluster.ranks} if cluster.stage else {})
+
+
+def sent(wire: Mapping[str, float], ranks: int) -> float:
+    """Bytes that a rank sends for what it hands over, by ring algorithms."""
+    passed_on = {"all_reduce": 2 * (ranks - 1) / ranks, "all_gather": ranks - 1, "reduce_scatter": (ranks - 1) / ranks}
+    return sum(passed_on[kind] * size for kind, size in wire.items())
 
 
 @dataclass(frozen=True)
@@ -178,20 +186,24 @@ def plan(config: Config) -> dict[str, Any]:
                 estimator.precondition(means)
             numbers = sum(sum(shape) + 1 for shape in _matrices(model).values())
             read = numbers / own.influence.adam_every_steps / cluster.accumulation
-        counted[name] = micro_batch(model, batch, estimator)
+        # ZeRO-3's hooks after a block make its recomputation go on to the end.
+        with set_checkpoint_early_stop(cluster.stage < 3):
+            if own.influence.precondition == "adam_ema":  # scales from the second micro-batch on
+                micro_batch(model, batch, estimator)
+            counted[name] = micro_batch(model, batch, estimator)
         wires[name] = 4 * (counted[name].reduced + read) if cluster.ranks > 1 else 0.0
 
     lasting, buffer = states(parameters, cluster), buffers(parameters, cluster)
     resident = buffer + sum(size for name, size in lasting.items() if name not in cluster.host)
     speeds = speeds_of(config.benchmark, cluster)
     rows = {name: _figures(one, resident, cluster.accumulation, speeds) for name, one in counted.items()}
-    plain, sent = rows.pop(PLAIN), plain_wire(parameters, cluster)
+    plain, wire = rows.pop(PLAIN), plain_wire(parameters, cluster)
     plain["seconds"] |= {
         "update": update_bytes(parameters, cluster) / speeds.memory,
-        "wire": sum(sent.values()) / speeds.network,
+        "wire": sent(wire, cluster.ranks) / speeds.network,
     }
     compute = sum(plain["seconds"].values()) - plain["seconds"]["wire"]
-    plain |= {"wire_bytes": sent, "step_seconds": max(compute, plain["seconds"]["wire"])}
+    plain |= {"wire_bytes": wire, "step_seconds": max(compute, plain["seconds"]["wire"])}
     for name, row in rows.items():
         row |= _compared(row, plain, counted[name], wires[name], cluster, speeds)
     return {
@@ -239,9 +251,8 @@ def _compared(
     """Beside plain steps. `wire`: bytes that scoring hands over per micro-batch."""
     flops, base = sum(row["gflop"].values()), sum(plain["gflop"].values())
     elements, base_elements = (sum(one["other_giga_elements"].values()) for one in (row, plain))
-    sent = 2 * wire * cluster.accumulation * (cluster.ranks - 1) / cluster.ranks
     seconds = {part: row["seconds"][part] - plain["seconds"][part] for part in ("products", "other")}
-    seconds["wire"] = sent / speeds.network
+    seconds["wire"] = sent({"all_reduce": wire * cluster.accumulation}, cluster.ranks) / speeds.network
     return {
         "bytes_per_micro_batch": wire,
         "moment_bytes": 4 * counted.reduced * cluster.micro_batch,
