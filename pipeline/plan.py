@@ -49,6 +49,8 @@ class Cluster:
     """Numbers in DeepSpeed's reduction buffers."""
     gathered: int
     """Most numbers of weights that ZeRO-3 has whole at a time."""
+    reused: int
+    """ZeRO-3 does not give a weight back that is used again before so many numbers of weights are."""
 
     @property
     def number(self) -> int:
@@ -78,6 +80,7 @@ def cluster_of(config: Config) -> Cluster:
         host=frozenset(what for what, key in offloaded.items() if zero.get(key, {}).get("device", "none") != "none"),
         bucket=buffers * int(zero.get("reduce_bucket_size", 5e8)) if stage else 0,
         gathered=int(zero.get("stage3_max_live_parameters", 1e9)) if stage == 3 else 0,
+        reused=int(zero.get("stage3_max_reuse_distance", 1e9)),
     )
 
 
@@ -112,13 +115,15 @@ def plain_wire(parameters: int, cluster: Cluster) -> dict[str, float]:
 
     Stages 0 to 2 all-reduce the gradients (so DeepSpeed does it, where the paper has a reduce-scatter), 0 and 1 once a
     step, 2 once a micro-batch; 1 and 2 then gather the updated weights, n / ranks from each. Stage 3 reduce-scatters
-    the gradients of every micro-batch and gathers the weights for its forward and its backward.
+    the gradients of every micro-batch and gathers the weights for its forward and, but for the last ones, which are
+    used again soon, for its backward.
     """
     whole, times = parameters * cluster.number, cluster.accumulation
     if cluster.ranks == 1:
         return {}
     if cluster.stage == 3:
-        return {"all_gather": 2 * times * whole / cluster.ranks, "reduce_scatter": times * whole}
+        gathered = 2 * parameters - min(parameters, cluster.reused // 2)
+        return {"all_gather": times * cluster.number * gathered / cluster.ranks, "reduce_scatter": times * whole}
     reduced = {"all_reduce": whole * (times if cluster.stage == 2 else 1)}
     return reduced | ({"all_gather": whole / cluster.ranks} if cluster.stage else {})
 

@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from pipeline import benchmark, collectives, engine
 from pipeline.checks import read_deepspeed_config
-from pipeline.config import Config, InfluenceConfig, ModelConfig
+from pipeline.config import Config, InfluenceConfig, ModelConfig, to_yaml
 from pipeline.cost import RandomTokens, measure
 from pipeline.counting import PHASES, PeakMemory
 from pipeline.estimator import Estimator
@@ -26,12 +26,6 @@ from tests.test_benchmark import LENGTH, bench
 
 CPU = torch.device("cpu")
 MODELS = Path(__file__).parents[1] / "launch" / "models"
-# Nothing of a tiny model is small enough to stay whole.
-NOTHING_STAYS = {
-    "stage3_param_persistence_threshold": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_prefetch_bucket_size": 0,
-}
 NAMES = ("none", "lai", "lli", "lai/adam_ema", "residual", "ghost", "ghost_exact")
 
 
@@ -76,12 +70,19 @@ def plain_wire_of(config: Config) -> tuple[dict[str, int], int]:
     return found["plain"]["wire_bytes"], found["setting"]["parameters"]
 
 
-@pytest.mark.parametrize(("stage", "accumulation"), [(0, 1), (0, 2), (1, 2), (2, 2), (3, 1), (3, 2)])
-def test_plain_training_hands_over_what_deepspeed_does(ranks, tiny_model, tmp_path, stage, accumulation):
+@pytest.mark.parametrize(
+    ("stage", "accumulation", "reused"), [(0, 2, None), (1, 2, None), (2, 2, None), (3, 1, None), (3, 2, 0)]
+)
+def test_plain_training_hands_over_what_deepspeed_does(ranks, tiny_model, tmp_path, stage, accumulation, reused):
     """Catches a stage that is reduced as often as another one, and DeepSpeed taken for the paper."""
     config = bench(tmp_path, tiny_model("llama"), stage, 2, accumulation, benchmark__pairs=1)
     settings = json.loads(Path(config.deepspeed_config).read_text())
-    settings["zero_optimization"] |= NOTHING_STAYS if stage == 3 else {}
+    if reused is not None:  # and let nothing stay because it is small, or would be fetched soon
+        settings["zero_optimization"] |= {
+            "stage3_max_reuse_distance": reused,
+            "stage3_param_persistence_threshold": 0,
+            "stage3_prefetch_bucket_size": 0,
+        }
     Path(config.deepspeed_config).write_text(json.dumps(settings))
     (found, parameters), _ = ranks(plain_wire_of, config)
     reckoned = plain_wire(parameters, replace(cluster_of(config), ranks=2))
@@ -135,7 +136,7 @@ def test_optimizers_keep_what_is_reckoned(ranks, tiny_model, tmp_path, stage, bf
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_shares_are_what_dealing_out_parameters_leaves(stage, precision):
-    cluster = Cluster(4, stage, precision, 1, 1, frozenset(), 0, 0)
+    cluster = Cluster(4, stage, precision, 1, 1, frozenset(), 0, 0, 0)
     dealt = {"weights": 0, "gradients": 0, "optimizer": 0}
     for parameter in range(100):
         mine = parameter % 4 == 0
@@ -342,9 +343,14 @@ def test_an_optimizer_that_is_not_known_is_refused(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "message"), [("ranks=0", "benchmark.ranks is too small"), ("utilization=0", "benchmark.utilization must"),
-                            ("utilization=2", "benchmark.utilization is a fraction"), ("fp32_tflops=-1", "more than 0")]
-)  # fmt: skip
+    ("option", "message"),
+    [
+        ("ranks=0", "benchmark.ranks is too small"),
+        ("utilization=0", "benchmark.utilization must"),
+        ("utilization=2", "benchmark.utilization is a fraction"),
+        ("fp32_tflops=-1", "more than 0"),
+    ],
+)
 def test_speeds_and_ranks_that_do_not_exist_are_refused(tiny_model, tmp_path, capsys, option, message):
     with pytest.raises(SystemExit):
         command(bench(tmp_path, tiny_model("gpt_neo")), f"--benchmark.{option}")
@@ -352,8 +358,6 @@ def test_speeds_and_ranks_that_do_not_exist_are_refused(tiny_model, tmp_path, ca
 
 
 def command(config: Config, *options: str) -> None:
-    from pipeline.config import to_yaml
-
     path = Path(config.run_dir).with_suffix(".yaml")
     path.write_text(to_yaml(config))
     benchmark.main(["--config", str(path), "--plan", *options])
