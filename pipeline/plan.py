@@ -191,7 +191,7 @@ def plan(config: Config) -> dict[str, Any]:
                 estimator.precondition(means)
             numbers = sum(sum(shape) + 1 for shape in _matrices(model).values())
             read = numbers / own.influence.adam_every_steps / cluster.accumulation
-        # ZeRO-3's hooks after a block make its recomputation go on to the end.
+        # ZeRO-3's own linear function saves what it needs after its product: a block is recomputed to its end.
         with set_checkpoint_early_stop(cluster.stage < 3):
             if own.influence.precondition == "adam_ema":  # scales from the second micro-batch on
                 micro_batch(model, batch, estimator)
