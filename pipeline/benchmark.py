@@ -83,19 +83,12 @@ def print_sweep(rows: list[dict[str, Any]]) -> None:
 def print_plan(found: dict[str, Any]) -> None:
     """The figures of `plan` on one screen, with what they assume."""
     setting, plain, lasting = found["setting"], found["plain"], found["states_bytes"]
-    sizes = _table("GB a rank that last from step to step", (*lasting, "buffers, at most"))
+    sizes = _table("", (*lasting, "buffers, at most"))
     places = [" (host)" if what in found["on_host"] else "" for what in lasting]
     gigabytes = [f"{size / 1e9:,.3f}" for size in (*lasting.values(), found["buffer_bytes"])]
     sizes.add_row("", *map("".join, zip(gigabytes, (*places, ""), strict=True)))
-    costs = _table(
-        "GB a rank: kept for the backward, and the peak of all; operations a rank and step (TFLOP;\n"
-        "elements of other operators); MB of scoring on the wire per micro-batch",
-        ("kept", "peak", "ratio", "TFLOP", "ratio", "other ratio", "MB"),
-    )
-    times = _table(
-        "predicted milliseconds a step: plain, and what scoring adds",
-        ("products", "other", "update", "wire", "step", "ratio"),
-    )
+    costs = _table("", ("kept", "peak", "ratio", "TFLOP", "ratio", "other ratio", "MB"))
+    times = _table("", ("products", "other", "update", "wire", "step", "ratio"))
     for name, row in {PLAIN: plain, **found["estimators"]}.items():
         memory = [f"{row[key] / 1e9:,.3f}" for key in ("activation_bytes", "peak_memory_bytes")]
         flops = f"{sum(row['gflop'].values()) / 1e3:,.3f}"
@@ -118,11 +111,19 @@ def print_plan(found: dict[str, Any]) -> None:
         f"ZeRO {setting['zero_stage']}, {setting['precision']}"
         + (", activation checkpointing" if setting["activation_checkpointing"] else "")
     )
-    for shown in (sizes, costs, times):
-        console.print(shown)
+    for heading, shown in (
+        ("GB a rank that last from step to step", sizes),
+        (
+            "GB a rank, kept for the backward and at the peak of all; operations a step\n"
+            "(other: elements of what is no matrix product); scoring's MB on the wire",
+            costs,
+        ),
+        ("predicted milliseconds a step: of plain steps, and what scoring adds", times),
+    ):
+        console.print(f"\n{heading}", shown, sep="\n", end="")
     handed = ", ".join(f"{kind} {size / 1e9:,.3f} GB" for kind, size in plain["wire_bytes"].items())
     speeds = found["speeds"]
-    console.print(f"a rank hands over in a plain step: {handed or 'nothing'}")
+    console.print(f"\na rank hands over in a plain step: {handed or 'nothing'}")
     console.print(
         f"at {speeds['low'] / 1e12:,.1f} TFLOP/s in 16 bits, {speeds['full'] / 1e12:,.1f} in float32, "
         f"{speeds['memory'] / 1e9:,.0f} GB/s of memory, {speeds['network'] / 1e9:,.0f} GB/s a rank on the wire",
