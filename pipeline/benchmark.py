@@ -4,9 +4,14 @@ deepspeed --num_accelerators 2 --module pipeline.benchmark --config launch/bench
 
 Writes RUN_DIR/benchmark.json (with `benchmark.sweep` also sweep.json and sweep.png) and prints its tables. Scored steps
 write ledger and TensorBoard, plain ones nothing.
+
+python -m pipeline.benchmark --config F --plan --model.name_or_path launch/models/llama_70b.json --benchmark.ranks 64
+
+runs nothing: it reckons what the like would cost, and writes RUN_DIR/plan.json.
 """
 
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +24,7 @@ from pipeline import collectives, figures
 from pipeline.config import Config, exit_on_user_error, parse
 from pipeline.cost import PLAIN, measure
 from pipeline.counting import PHASES
+from pipeline.plan import plan
 from pipeline.sweep import sweep
 
 
@@ -74,6 +80,58 @@ def print_sweep(rows: list[dict[str, Any]]) -> None:
     Console().print(table)
 
 
+def print_plan(found: dict[str, Any]) -> None:
+    """The figures of `plan` on one screen, with what they assume."""
+    setting, plain, lasting = found["setting"], found["plain"], found["states_bytes"]
+    sizes = _table("", (*lasting, "buffers, at most"))
+    places = [" (host)" if what in found["on_host"] else "" for what in lasting]
+    gigabytes = [f"{size / 1e9:,.3f}" for size in (*lasting.values(), found["buffer_bytes"])]
+    sizes.add_row("", *map("".join, zip(gigabytes, (*places, ""), strict=True)))
+    costs = _table("", ("kept", "peak", "ratio", "TFLOP", "ratio", "other ratio", "MB"))
+    times = _table("", ("products", "other", "update", "wire", "step", "ratio"))
+    for name, row in {PLAIN: plain, **found["estimators"]}.items():
+        memory = [f"{row[key] / 1e9:,.3f}" for key in ("activation_bytes", "peak_memory_bytes")]
+        flops = f"{sum(row['gflop'].values()) / 1e3:,.3f}"
+        seconds = row["seconds"] if name == PLAIN else row["scoring_seconds"]
+        parts = [
+            f"{seconds[key] * 1e3:,.3f}" if key in seconds else "" for key in ("products", "other", "update", "wire")
+        ]
+        if name == PLAIN:
+            costs.add_row(name, *memory, "", flops)
+            times.add_row(name, *parts, f"{row['step_seconds'] * 1e3:,.3f}")
+        else:
+            ratios = [f"{row['peak_memory_ratio']:.3f}", flops, f"{row['scoring_flop_ratio']:.6f}"]
+            wire = f"{row['bytes_per_micro_batch'] / 1e6:.2f}"
+            costs.add_row(name, *memory, *ratios, f"{row['scoring_other_ratio']:.3f}", wire)
+            times.add_row(name, *parts, f"{sum(seconds.values()) * 1e3:,.3f}", f"{row['step_time_ratio']:.4f}")
+    console = Console(highlight=False)
+    console.print(
+        f"{setting['model']}: {setting['parameters'] / 1e6:,.1f} M parameters, {setting['ranks']} ranks x "
+        f"{setting['gradient_accumulation_steps']} x {setting['micro_batch']} x {setting['sequence_length']:,} tokens, "
+        f"ZeRO {setting['zero_stage']}, {setting['precision']}"
+        + (", activation checkpointing" if setting["activation_checkpointing"] else "")
+    )
+    for heading, shown in (
+        ("GB a rank that last from step to step", sizes),
+        (
+            "GB a rank, kept for the backward and at the peak of all; operations a step\n"
+            "(other: elements of what is no matrix product); scoring's MB on the wire",
+            costs,
+        ),
+        ("predicted milliseconds a step: of plain steps, and what scoring adds", times),
+    ):
+        console.print(f"\n{heading}", shown, sep="\n", end="")
+    handed = ", ".join(f"{kind} {size / 1e9:,.3f} GB" for kind, size in plain["wire_bytes"].items())
+    speeds = found["speeds"]
+    console.print(f"\na rank hands over in a plain step: {handed or 'nothing'}")
+    console.print(
+        f"at {speeds['low'] / 1e12:,.1f} TFLOP/s in 16 bits, {speeds['full'] / 1e12:,.1f} in float32, "
+        f"{speeds['memory'] / 1e9:,.0f} GB/s of memory, {speeds['network'] / 1e9:,.0f} GB/s a rank on the wire",
+        *found["assumptions"],
+        sep="\n- ",
+    )
+
+
 def _table(title: str, columns: Sequence[str]) -> Table:
     # Narrow enough for 80 characters: headers break between words, names and numbers do not.
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
@@ -102,7 +160,18 @@ def _write(config: Config, name: str, content: bytes) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse("pipeline.benchmark", argv)
+    options = sys.argv[1:] if argv is None else argv
+    config = parse(
+        "pipeline.benchmark",
+        [option for option in options if option != "--plan"],
+        epilog="--plan: run nothing, reckon what it would cost on benchmark.ranks ranks; any model, no launcher.",
+    )
+    if "--plan" in options:
+        with exit_on_user_error("pipeline.benchmark"):
+            planned = plan(config)
+        _write(config, "plan.json", json.dumps(planned, indent=2).encode())
+        print_plan(planned)
+        return
     with collectives.exit_on_lost_contact("pipeline.benchmark"):
         found, rows = run(config)
     if collectives.rank() == 0:

@@ -55,6 +55,7 @@ def check(config: "Config") -> None:
         "observe.eval_every_steps": config.observe.eval_every_steps,
         "benchmark.pairs": config.benchmark.pairs,
         "benchmark.warmup": config.benchmark.warmup,
+        "benchmark.ranks": config.benchmark.ranks,
         "fidelity.batches": config.fidelity.batches,
         "fidelity.batch_size": config.fidelity.batch_size - 2,  # correlations need three
         "fidelity.shapley_batches": config.fidelity.shapley_batches,
@@ -83,6 +84,7 @@ def check(config: "Config") -> None:
         "policy.max_drop_fraction": policy.max_drop_fraction,
         "data.max_bad_fraction": config.data.max_bad_fraction,
         "data.planted_noise": config.data.planted_noise,
+        "benchmark.utilization": config.benchmark.utilization,
     }.items():
         if not 0 <= fraction <= 1:
             raise ValueError(f"{key} is a fraction from 0 to 1, not {fraction}")
@@ -109,6 +111,9 @@ def check(config: "Config") -> None:
         raise ValueError(f"data.prepared_dir must lie outside run_dir ({config.run_dir}), which a new run moves aside")
     if config.observe.eval_every_steps and config.data.eval_files is None:
         raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
+    for key in ("peak_tflops", "fp32_tflops", "memory_gb_per_second", "network_gb_per_second", "utilization"):
+        if (speed := getattr(config.benchmark, key)) is not None and speed <= 0:
+            raise ValueError(f"benchmark.{key} must be more than 0, not {speed}")
     _check_fidelity(config.fidelity)
 
 

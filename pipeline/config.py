@@ -211,7 +211,18 @@ class BenchmarkConfig:
     benchmark.json. Default: `influence.estimator` with `influence.precondition`."""
     peak_tflops: float | None = None
     """What the device can do at most in the precision of training, in 10^12 floating-point operations a second, for
-    the model FLOPs utilization. Default: not known."""
+    the model FLOPs utilization. Default: not known; `--plan` then takes 989 (an H100's bf16), in fp32 `fp32_tflops`."""
+    ranks: int = 8
+    """--plan: ranks to reckon with."""
+    fp32_tflops: float = 67.0
+    """--plan: what the device can do at most in float32, in which scoring multiplies whatever the precision of
+    training, in 10^12 operations a second. This and the next two defaults: an H100's data sheet, 400 Gbit/s a GPU."""
+    memory_gb_per_second: float = 3350.0
+    """--plan: memory bandwidth of the device, in 10^9 bytes a second."""
+    network_gb_per_second: float = 50.0
+    """--plan: what a rank can send, in 10^9 bytes a second."""
+    utilization: float = 0.5
+    """--plan: fraction of these peaks that is reached, 0 to 1."""
     sweep: list[float] | None = None
     """Also measure with sequence length, layers, width, vocabulary and sketch scaled by each of these factors in turn
     (`[0.5,1,2]`; the model must be a `*.json`), by the first estimator. Default: no sweep."""
@@ -255,22 +266,22 @@ class Config:
         check(self)
 
 
-def _parser(prog: str) -> jsonargparse.ArgumentParser:
+def _parser(prog: str, epilog: str = "") -> jsonargparse.ArgumentParser:
     parser = jsonargparse.ArgumentParser(
-        prog=f"python -m {prog}", usage="%(prog)s --config FILE.yaml [--section.key value ...]"
+        prog=f"python -m {prog}", usage="%(prog)s --config FILE.yaml [--section.key value ...]", epilog=epilog
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below; later options override it.")
     parser.add_class_arguments(Config)
     return parser
 
 
-def parse(prog: str, argv: Sequence[str] | None = None) -> Config:
-    """The config of command `prog` from its arguments (default: the command line's).
+def parse(prog: str, argv: Sequence[str] | None = None, epilog: str = "") -> Config:
+    """The config of command `prog` from its arguments (default: the command line's); `epilog` ends its --help.
 
     Unknown keys and values that cannot work end the process with a message and exit code 2. The `--local_rank` that
     DeepSpeed's launcher appends is accepted; the rank itself comes from the environment.
     """
-    parser = _parser(prog)
+    parser = _parser(prog, epilog)
     arguments = sys.argv[1:] if argv is None else argv
     namespace = parser.parse_args([a for a in arguments if not a.startswith(("--local_rank", "--local-rank"))])
     try:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import numpy as np
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from pipeline import collectives, engine
 from pipeline.checks import read_deepspeed_config
@@ -201,18 +202,13 @@ def _prepare(
             f"step; set gradient_accumulation_steps to 1 in {config.deepspeed_config}"
         )
     model = load_model(config.model, config.seed, settings)
-    length, longest = config.data.sequence_length, getattr(model.config, "max_position_embeddings", None)
-    if longest and length > longest:
-        raise ValueError(f"data.sequence_length {length} is more than the {longest} positions of the model")
+    length = config.data.sequence_length
+    refuse_too_long(model, length)
     samples, other = (RandomTokens(model.config.vocab_size, length, config.seed + n) for n in (0, 1))
     estimators: dict[str, tuple[Estimator, Stopwatch]] = {}
     for name, own in configs.items():
         timed = Stopwatch(device)
-        if name == EXACT:
-            estimator: Estimator = ExactGhost(own.influence, linear_layers(model), config.seed, device, timed)
-        else:
-            estimator = Estimator(own.influence, model, config.seed, device, timed)
-        estimators[name] = estimator, timed
+        estimators[name] = make_estimator(name, own, model, device, timed), timed
     ds_engine = engine.initialize(model, settings)
     kinds = {}
     for name, (estimator, timed) in estimators.items():
@@ -224,6 +220,22 @@ def _prepare(
             recorder = Recorder(recorded, samples, 0, quiet=True)
         kinds[name] = Kind(configs[name], take, estimator, timed, recorder)
     return ds_engine, kinds
+
+
+def refuse_too_long(model: PreTrainedModel, length: int) -> None:
+    """Raises ValueError for sequences that the model has no positions for."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest and length > longest:
+        raise ValueError(f"data.sequence_length {length} is more than the {longest} positions of the model")
+
+
+def make_estimator(
+    name: str, config: Config, model: PreTrainedModel, device: torch.device, timed: Stopwatch
+) -> Estimator:
+    """The estimator of the kind of step that `variants` calls `name`."""
+    if name == EXACT:
+        return ExactGhost(config.influence, linear_layers(model), config.seed, device, timed)
+    return Estimator(config.influence, model, config.seed, device, timed)
 
 
 def _in_turn(kinds: Mapping[str, Kind], round_: int) -> Iterator[Kind]:

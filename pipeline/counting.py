@@ -183,7 +183,7 @@ def bytes_held(*owners: object) -> int:
         seen.add(id(item))
         if isinstance(item, Tensor):
             storage = item.untyped_storage()
-            found[storage.data_ptr()] = storage.nbytes()
+            found[storage._cdata] = storage.nbytes()
         elif isinstance(item, dict):
             queue += item.values()
         elif isinstance(item, list | tuple | set):

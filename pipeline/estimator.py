@@ -171,6 +171,12 @@ class Estimator:
             return scored
 
     @property
+    def reduced(self) -> int:
+        """Numbers that `scores` would now hand to its all-reduce; nothing is summed up against a validation set."""
+        moments = 0 if self._config.reference == "validation" else sum(basis[0].numel() for basis, *_ in self._pending)
+        return (moments if self._moments else 0) + (len(self._square_sum_V) + 1 if self._squared else 0)
+
+    @property
     def holds_validation(self) -> bool:
         """Whether there is a moment of the validation set to score against."""
         return "validation" in self._held

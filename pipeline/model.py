@@ -31,14 +31,34 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
         else:
             model = AutoModelForCausalLM.from_pretrained(config.name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.name_or_path: no model could be loaded from '{config.name_or_path}' ({error}); give a hub id, a "
-            "directory with weights, or a model config (*.json) to start from scratch"
-        ) from error
+        raise _no_model(config, error) from error
     del zero3
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def model_without_weights(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model on torch's meta device: shapes only, whatever its size. Raises ValueError where there is none."""
+    name = config.name_or_path
+    try:
+        json_settings = json.loads(Path(name).read_text()) if name.endswith(".json") else None
+        settings = AutoConfig.for_model(**json_settings) if json_settings else AutoConfig.from_pretrained(name)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _no_model(config, error) from error
+    model.tie_weights()
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _no_model(config: ModelConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"model.name_or_path: no model could be loaded from '{config.name_or_path}' ({error}); give a hub id, a "
+        "directory with weights, or a model config (*.json) to start from scratch"
+    )
 
 
 def _from_scratch(settings: dict[str, Any], zero3: bool) -> PreTrainedModel:

@@ -136,7 +136,7 @@ class ResidualMoments:
             if isinstance(norm, nn.LayerNorm):  # RMSNorm does not centre
                 input_ND = input_ND - input_ND.mean(1, keepdim=True)
             self._inverse_sigma_N1 = (input_ND.square().mean(1, keepdim=True) + epsilon).rsqrt()
-            self._gain_D = norm.weight.detach()
+            self._gain_D = norm.weight.detach().clone()  # the weight itself may lie among all others, or be given back
 
     @torch.no_grad()
     def _unembedded(self, head: nn.Linear, args: tuple[Tensor, ...], _: Tensor) -> None:
