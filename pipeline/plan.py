@@ -172,8 +172,8 @@ def plan(config: Config) -> dict[str, Any]:
     influence = config.influence
     if influence.reference == "validation" or influence.scope == "step" or influence.passes == "score_first":
         raise ValueError(
-            "--plan reckons with scoring that takes no forward of its own: set influence.reference to batch or running, "
-            "influence.scope to micro_step and influence.passes to one"
+            "--plan reckons with scoring that takes no forward of its own: set influence.reference to batch or "
+            "running, influence.scope to micro_step and influence.passes to one"
         )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cluster.precision, torch.float32)
     model = model_without_weights(config.model, dtype)
