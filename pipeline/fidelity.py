@@ -126,7 +126,7 @@ def row_and_column_means(moments: Moments, beta: float, device: torch.device) ->
 
 
 def reference_values(
-    config: Config, model: PreTrainedModel, batch: Batch, adam: Adam | None, index: int
+    config: Config, model: PreTrainedModel, batch: Batch, adam: Adam | None, learning_rate: float, index: int
 ) -> tuple[Values, dict[str, Any]]:
     """What each sample of the `index`-th batch does, by every reference that applies, and how Shapley's went."""
     values: Values = {}
@@ -145,7 +145,7 @@ def reference_values(
             continue
         else:
             started = time.perf_counter()
-            rule = adam if name == "shapley_adam" and adam else SGD(_learning_rate(config))
+            rule = adam if name == "shapley_adam" and adam else SGD(learning_rate)
             estimate = permutation_shapley(
                 StepEffect(model, batch, gradients_BP, rule),
                 len(gradients_BP),
@@ -158,6 +158,7 @@ def reference_values(
             spreads = [float(row_sums(effects, own).std()) for own in _OWN_TERMS]
             details[name] = {
                 "permutations": estimate.permutations,
+                "learning_rate": learning_rate,
                 "standard_error": {
                     "in" if own else "out": float(errors.max()) / spread if spread else None
                     for own, errors, spread in zip(_OWN_TERMS, estimate.errors_Rn, spreads, strict=True)
@@ -168,14 +169,14 @@ def reference_values(
     return values, details
 
 
-def _learning_rate(config: Config) -> float:
-    """The optimizer's peak: what a schedule makes of it at a checkpoint may be 0."""
+def _peak_learning_rate(config: Config) -> float:
+    """Of the optimizer and its schedule: what `start`, where no step has set another, is measured with."""
     settings = read_deepspeed_config(config)
     schedule = settings.get("scheduler", {}).get("params", {})
     return schedule.get("warmup_max_lr", settings["optimizer"].get("params", {}).get("lr", 1e-3))
 
 
-def adam_step(config: Config, model: nn.Module, moments: Moments | None) -> Adam | None:
+def adam_step(config: Config, model: nn.Module, moments: Moments | None, learning_rate: float) -> Adam | None:
     """The run's Adam with these moments (none: before the first update); None where the run has another optimizer."""
     optimizer = read_deepspeed_config(config)["optimizer"]
     kind, settings = optimizer["type"].lower(), optimizer.get("params", {})
@@ -194,7 +195,7 @@ def adam_step(config: Config, model: nn.Module, moments: Moments | None) -> Adam
     decay = settings.get("weight_decay", 0.01 if settings.get("torch_adam") and decoupled else 0.0)
     step = int(next(iter(moments.values()))["step"]) if moments else 0
     eps = settings.get("eps", 1e-8)
-    return Adam(_learning_rate(config), (first, second), eps, decay, decoupled, mean_P, square_P, step)
+    return Adam(learning_rate, (first, second), eps, decay, decoupled, mean_P, square_P, step)
 
 
 # The measurement
@@ -225,16 +226,17 @@ def measure(config: Config) -> dict[str, Any]:
     shapley = []
     for checkpoint in tqdm(names, desc="checkpoints"):
         model = load_model(config.model, config.seed).eval()
-        moments = None
+        moments, learning_rate = None, _peak_learning_rate(config)
         if checkpoint != START:
             load_weights(model, found[checkpoint])
             moments = engine.checkpoint_adam(found[checkpoint])
+            learning_rate = engine.checkpoint_learning_rate(found[checkpoint])
         model.to(device)
         exact = copy.deepcopy(model).double()
-        adam = adam_step(config, exact, moments)
+        adam = adam_step(config, exact, moments, learning_rate)
         values_of_batch = []
         for index, batch in enumerate(batches[_WARM_UP_BATCHES:]):
-            values, details = reference_values(config, exact, batch, adam, index)
+            values, details = reference_values(config, exact, batch, adam, learning_rate, index)
             values_of_batch.append(values)
             shapley += [
                 {"checkpoint": checkpoint, "batch": index, "reference": name, **detail}

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import engine
+from pipeline import engine, fidelity
 from pipeline.checkpoint import checkpoints_of
 from pipeline.checks import FIDELITY_ESTIMATORS
 from pipeline.comparison import pearson, spearman
@@ -109,6 +109,43 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
         assert small_step["batches"] == 1
     assert {entry["permutations"] for entry in report["shapley"]} == {4}
     assert matplotlib.image.imread(Path(config.run_dir) / "fidelity.png").ndim == 3
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_shapley_values_are_of_a_step_at_the_checkpoints_own_learning_rate(
+    ranks, corpus, tiny_model, tmp_path, monkeypatch, stage
+):
+    """Catches the schedule's peak at every checkpoint, and a rate that is written down but not stepped with."""
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 4, "warmup_type": "linear"}}
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json", stage, optimizer=ADAM, scheduler=schedule),
+        max_steps=4,
+        checkpoint__every_steps=2,
+        influence__estimator="none",
+        fidelity__batch_size=3,
+        fidelity__batches=1,
+        fidelity__permutations=2,
+        fidelity__references='["shapley_sgd","shapley_adam"]',
+        fidelity__estimators='["random"]',
+        fidelity__checkpoints='["start","step-2","step-4"]',
+    )
+    ranks(run, config)
+    stepped = []
+    original = fidelity.StepEffect
+
+    def step_effect(model, batch, gradients, rule):
+        stepped.append(rule.learning_rate)
+        return original(model, batch, gradients, rule)
+
+    monkeypatch.setattr(fidelity, "StepEffect", step_effect)
+    found = [(row["checkpoint"], row["learning_rate"]) for row in measure(config)["shapley"]]
+    # DeepSpeed's schedule takes steps 1 and 2 at 0, and each one after at a quarter of the peak more.
+    expected = {"start": 1e-3, "step-2": 0.25e-3, "step-4": 0.75e-3}
+    assert found == [(name, pytest.approx(rate)) for name, rate in expected.items() for _ in range(2)]
+    assert stepped == [rate for _, rate in found]
 
 
 def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_run, tmp_path):
