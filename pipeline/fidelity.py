@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from pipeline import engine
 from pipeline.checkpoint import checkpoints_of
-from pipeline.checks import EXACT, read_deepspeed_config
+from pipeline.checks import EXACT, LAYER_WEIGHTS, read_deepspeed_config
 from pipeline.comparison import Comparison, widths
 from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse
 from pipeline.data import Batch, Samples
@@ -34,6 +34,7 @@ from pipeline.evaluate import load_weights
 from pipeline.fidelity_figure import draw
 from pipeline.loss import token_losses
 from pipeline.model import head_layer, linear_layers, load_model
+from pipeline.partial_backward import partial_backward_gram
 from pipeline.prepare import ensure_prepared, load_split
 from pipeline.shapley import (
     SGD,
@@ -48,7 +49,9 @@ from pipeline.shapley import (
 from pipeline.timing import Stopwatch
 
 START = "start"
-_WARM_UP_BATCHES = 8  # that adam_ema's running mean is made of before it is measured
+_WARM_UP_BATCHES = 8  # that running means are made of before they are measured
+_WARMED_UP = ("adam_ema", *LAYER_WEIGHTS)
+_LAST_BLOCKS = {"residual_last_1": 1, "residual_last_2": 2}
 _COMPARISON_ONLY = ("ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm")
 _OWN_TERMS = (True, False)
 
@@ -273,6 +276,7 @@ def _all_scores(
 ) -> Iterator[tuple[tuple[str, str, str], bool, list[Tensor]]]:
     """(estimator, precondition, sketch), whether the own term is in, and the scores of every measured batch."""
     measured = batches[_WARM_UP_BATCHES:]
+    means = row_and_column_means(moments, adam.betas[1], device) if moments and adam else None
     matrices: dict[str, list[Tensor]] = defaultdict(list)
     if set(config.fidelity.estimators) & set(_COMPARISON_ONLY):
         for batch in measured:
@@ -280,27 +284,37 @@ def _all_scores(
             for name, matrix_BB in found.items():
                 matrices[name].append(matrix_BB.double().cpu())
     for entry in config.fidelity.estimators:
-        name, precondition = [*entry.split("/"), "none"][:2]
-        if precondition == "adam_state" and moments is None:
-            continue  # no optimizer state to scale with
+        name, _, form = entry.partition("/")
+        weights, precondition = (form, "none") if form in LAYER_WEIGHTS else ("none", form or "none")
+        if form in ("adam_state", "gains") and means is None:
+            continue  # no optimizer state to go by
+        if name in _LAST_BLOCKS:
+            grams = [
+                partial_backward_gram(model, batch, _LAST_BLOCKS[name], means if form else None) for batch in measured
+            ]
+            for own in _OWN_TERMS:
+                yield (name, precondition, "none"), own, [row_sums(gram.double().cpu(), own) for gram in grams]
+            continue
         for own in _OWN_TERMS:
             if name in _COMPARISON_ONLY:
                 alone = name == "logit_gradient_norm"
                 yield (name, "none", "none"), own, [row_sums(matrix, own or alone) for matrix in matrices[name]]
                 continue
-            for influence in _forms(config, name, precondition, own):
+            for influence in _forms(config, name, precondition, weights, own):
                 estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
-                if precondition == "adam_state" and moments and adam:
-                    estimator.precondition(row_and_column_means(moments, adam.betas[1], device))
-                for batch in batches[:_WARM_UP_BATCHES] if precondition == "adam_ema" else []:
+                if estimator.needs_second_moments and means:
+                    estimator.precondition(means)
+                for batch in batches[:_WARM_UP_BATCHES] if form in _WARMED_UP else []:
                     scores_of(estimator, model, batch)
                 scores = [scores_of(estimator, model, batch) for batch in measured]
-                yield (name, precondition, widths(influence)), own, scores
+                label = name if weights == "none" else entry
+                yield (label, precondition, widths(influence)), own, scores
 
 
-def _forms(config: Config, name: str, precondition: str, own: bool) -> list[InfluenceConfig]:
+def _forms(config: Config, name: str, precondition: str, weights: str, own: bool) -> list[InfluenceConfig]:
     """The estimator as the config sketches it and, where asked for, exact; controls have one form."""
-    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "include_self": own}
+    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "layer_weights": weights}
+    chosen["include_self"] = own
     base = replace(config.influence, reference="batch", unit="sequence", scope="micro_step", **chosen)
     exact = replace(base, sketch="none")
     if name in ("loss", "random") or base.sketch == "none":

@@ -91,6 +91,7 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     found = {tuple(row[key] for key in keys): row for row in rows}
     assert len(found) == len(rows)
     one_form = {"ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm", "loss", "random"}
+    one_form |= {name for name in FIDELITY_ESTIMATORS if name.startswith("residual_last")}
     forms = 2 * len(FIDELITY_ESTIMATORS) - len(one_form)
     assert len(rows) == 2 * forms * 4 * 2
     assert {row["checkpoint"] for row in rows} == {"step-2", "step-3"}
@@ -104,6 +105,11 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
         assert itself["batches"] == 2
         # All but biases, norms and positions; this model has norms only.
         assert found["step-3", "ghost", "none", "none", "ip", own_term]["pearson_min"] > 0.99
+        # Two blocks are all of this model's.
+        assert found["step-3", "residual_last_2", "none", "none", "ip", own_term]["pearson_min"] > 0.99
+        assert found["step-3", "residual_last_2", "adam_state", "none", "ip_adam", own_term]["pearson_mean"] == (
+            pytest.approx(found["step-3", "ghost", "adam_state", "none", "ip_adam", own_term]["pearson_mean"], abs=1e-3)
+        )
         small_step = found["step-3", "ip", "none", "none", "shapley_sgd", own_term]
         assert small_step["pearson_mean"] > 0.95
         assert small_step["batches"] == 1
@@ -158,7 +164,7 @@ def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_ru
     ]
     assert all(0.5 < row["pearson_mean"] < 1 for row in rows)
     assert {row["reference"] for row in rows} == {"exact"}
-    config = replace(config, influence=replace(config.influence, sketch=SketchConfig(10**6, 10**6, 10**3)))
+    config = replace(config, influence=replace(config.influence, sketch=SketchConfig(10**3, 10**3, 10**3)))
     whole = measure(replace(config, fidelity=replace(config.fidelity, **chosen | {"estimators": ["lli"]})))["rows"]
     assert [row["pearson_min"] for row in whole] == pytest.approx([1, 1])
 
