@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from pipeline.data import Batch, Unit
+from pipeline.grams import partial_backward_gram
 from pipeline.influence import adam_factors
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import blocks, head_layer, linear_layers
-from pipeline.partial_backward import partial_backward_gram
 from tests.models import VOCABULARY, tiny
 
 SAMPLES, TOKENS = 3, 9
