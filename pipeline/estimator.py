@@ -54,7 +54,8 @@ class Estimator:
         self._pending: list[tuple[Tensor, Tensor, Tensor]] = []
         self._moments = config.estimator not in ("none", "loss", "random")
         self.needs_backward = config.estimator == "ghost"
-        self.needs_second_moments = config.precondition == "adam_state" or config.layer_weights == "gains"
+        reads = config.precondition == "adam_state" or config.layer_weights == "gains"
+        self.needs_second_moments = self._moments and reads
         if not self._moments:
             return
         name, head = head_layer(model)
