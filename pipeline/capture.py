@@ -17,9 +17,9 @@ class LayerInputs:
     so that keys . keys' estimates sum over layers of a . a' and no activation is stored.
 
     Consecutive layers that read the same tensor (q, k and v; gate and up) share one product, scaled by the root of
-    their number, so each of them counts. Hooks read activations only, never parameters (under ZeRO-3 these are empty
-    between uses), keep nothing on the modules, and are gone before the backward, so that recomputation under
-    activation checkpointing is not recorded again. Sketches are seeded by (seed, layer name).
+    their number (of the sum of their weights), so each of them counts. Hooks read activations only, never parameters
+    (under ZeRO-3 these are empty between uses), keep nothing on the modules, and are gone before the backward, so that
+    recomputation under activation checkpointing is not recorded again. Sketches are seeded by (seed, layer name).
     """
 
     def __init__(
@@ -30,9 +30,12 @@ class LayerInputs:
         timed: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
         self._layers, self._width, self._seed, self._timed = layers, width, seed, timed
+        self.names = list(layers)
         self._sketches: dict[str, CountSketch] = {}
         self.scales: dict[str, Tensor] = {}
         """What multiplies a layer's input, (D,), by its name; 1 where there is none."""
+        self.weights: dict[str, float] = {}
+        """What multiplies a layer's products a . a', by its name; 1 where there is none."""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "LayerInputs":
@@ -64,6 +67,11 @@ class LayerInputs:
         """Root mean square over tokens of each layer's input norm |a|; estimated from the sketch where there is one."""
         return {name: square.sqrt() for name, square in self._mean_squares.items()}
 
+    def mean_squares(self) -> Tensor:
+        """Mean over tokens of |a|^2, in the order of `names`; 0 for a layer that was not called."""
+        none = torch.zeros_like(next(iter(self._mean_squares.values())))
+        return torch.stack([self._mean_squares.get(name, none) for name in self.names])
+
     @torch.no_grad()
     def _read(self, name: str, input_BTD: Tensor) -> None:
         with self._timed():
@@ -80,7 +88,7 @@ class LayerInputs:
             return
         mean_square = self._pending_NK.square().sum(1).mean()
         self._mean_squares |= dict.fromkeys(self._readers, mean_square)
-        keys_NK = self._pending_NK * sqrt(len(self._readers))
+        keys_NK = self._pending_NK * sqrt(sum(self.weights.get(name, 1.0) for name in self._readers))
         if self._keys and self._width is not None:
             self._keys[0] += keys_NK
         else:

@@ -13,11 +13,18 @@ FIDELITY_ESTIMATORS = (
     "lai",
     "lai/adam_ema",
     "lai/adam_state",
+    "lai/inverse_norm",
+    "lai/gains",
     "lli",
     "lli/adam_ema",
     "lli/adam_state",
     "residual",
     "residual/adam_state",
+    "residual/inverse_norm",
+    "residual_last_1",
+    "residual_last_1/adam_state",
+    "residual_last_2",
+    "residual_last_2/adam_state",
     "ghost",
     "ghost/adam_state",
     "ip",
@@ -27,6 +34,8 @@ FIDELITY_ESTIMATORS = (
     "logit_gradient_norm",
     "random",
 )
+LAYER_WEIGHTS = {"inverse_norm": ("lai", "residual"), "gains": ("lai",)}
+"""And the estimators that each is for."""
 EXACT = "exact"
 FIDELITY_REFERENCES = (EXACT, "ip", "ip_adam", "shapley_sgd", "shapley_adam")
 
@@ -91,6 +100,7 @@ def check(config: "Config") -> None:
     for key, decay in {
         "influence.adam_decay": influence.adam_decay,
         "influence.running_decay": influence.running_decay,
+        "influence.layer_decay": influence.layer_decay,
     }.items():
         if not 0 <= decay < 1:
             raise ValueError(f"{key} must lie in [0, 1), not {decay}")
@@ -126,17 +136,29 @@ def _check_influence(config: "Config") -> None:
             f"influence.precondition '{influence.precondition}' scales gradients, which estimator "
             f"'{influence.estimator}' does not use like this; set it to none, or choose {' or '.join(scaled)}"
         )
+    weighed = LAYER_WEIGHTS.get(influence.layer_weights)
+    if weighed and influence.estimator not in weighed:
+        raise ValueError(
+            f"influence.layer_weights '{influence.layer_weights}' weighs the layers of a forward, which estimator "
+            f"'{influence.estimator}' does not use like this; set it to none, or choose {' or '.join(weighed)}"
+        )
+    if weighed and influence.precondition != "none":
+        raise ValueError(
+            f"influence.layer_weights '{influence.layer_weights}' is for gradients as they are, and influence."
+            f"precondition '{influence.precondition}' puts layers on scales of its own; set one of the two to none"
+        )
     optimizer, stage = settings["optimizer"].get("type", ""), settings.get("zero_optimization", {}).get("stage", 0)
     low = [key for key in ("bf16", "fp16") if settings.get(key, {}).get("enabled")]
-    if influence.precondition == "adam_state" and optimizer.lower() not in ("adam", "adamw"):
+    reads = {"influence.precondition": "adam_state", "influence.layer_weights": "gains"}
+    reading = [f"{key} '{value}'" for key, value in reads.items() if getattr(influence, key.split(".")[1]) == value]
+    if reading and optimizer.lower() not in ("adam", "adamw"):
         raise ValueError(
-            f"influence.precondition 'adam_state' reads Adam's second moments; {config.deepspeed_config} has optimizer "
-            f"'{optimizer}'. Choose Adam or AdamW there, or another precondition"
+            f"{reading[0]} reads Adam's second moments; {config.deepspeed_config} has optimizer "
+            f"'{optimizer}'. Choose Adam or AdamW there, or another value"
         )
-    if influence.precondition == "adam_state" and stage == 0 and low:
+    if reading and stage == 0 and low:
         raise ValueError(
-            f"influence.precondition 'adam_state' is not built for ZeRO 0 in {low[0]}: set a stage of 1 to 3 in "
-            f"{config.deepspeed_config}"
+            f"{reading[0]} is not built for ZeRO 0 in {low[0]}: set a stage of 1 to 3 in {config.deepspeed_config}"
         )
     if influence.reference == "validation" and config.data.reference_files is None:
         raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")

@@ -107,12 +107,19 @@ class InfluenceConfig:
     """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E). adam_state:
     scale inputs and gradients by the column and row means of Adam's own second moments, to its power on each side."""
     adam_every_steps: int = 10
-    """adam_state: optimizer steps between readings of the second moments; before the first step there are none, and
-    nothing is scaled."""
+    """adam_state, gains: optimizer steps between readings of the second moments; before the first step there are none,
+    and nothing is scaled."""
     adam_power: float = 0.5
     """Power of D on each side: 0.5 as in the paper, 0.25 for the geometry of Adam's own step."""
     adam_decay: float = 0.95
     """Decay of D per micro-batch, bias-corrected; best equal to the optimizer's second beta."""
+    layer_weights: Literal["none", "inverse_norm", "gains"] = "none"
+    """How layers count against each other, with `precondition: none`. none: by the norms of their inputs; inverse_norm
+    (lai, residual): each layer's inputs over their root mean square norm; gains (lai): times the norm of the layer's
+    own output gradient as well, as Adam's second moments, read every `adam_every_steps`, tell it."""
+    layer_decay: float = 0.95
+    """layer_weights: decay of the mean squared norms per micro-batch, bias-corrected; a micro-batch is scored with
+    those of the ones before it."""
     scope: Literal["micro_step", "step"] = "micro_step"
     """What a unit is compared with, decided together with, and at what price. micro_step: the global micro-batch, in
     the training forward; step: all micro-batches of the optimizer step, in one more forward before any backward."""
@@ -190,8 +197,10 @@ class FidelityConfig:
     standard_error: float = 0.02
     """Stop before, once the largest standard error of a value is this fraction of the deviation between samples."""
     estimators: list[str] = field(default_factory=lambda: list(FIDELITY_ESTIMATORS))
-    """Estimators, `/` and a preconditioning where there is one. For comparison only: ip, the true inner product;
-    ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features; logit_gradient_norm."""
+    """Estimators, `/` and a preconditioning or layer weights where there are any. For comparison only: ip, the true
+    inner product; residual_last_1 and _2, exact feedback through that many last blocks and, for the word embedding, the
+    first; ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features;
+    logit_gradient_norm."""
     exact: bool = True
     """Also without the sketch: for lai one matrix of all input widths x vocabulary a sequence; not for large models."""
     checkpoints: list[str] | None = None

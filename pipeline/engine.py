@@ -211,17 +211,14 @@ def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
     if saved["optimizer"] not in ("adam", "adamw"):
         return None
     shapes: dict[str, list[int]] = saved["parameters"]
-    parts = sorted(checkpoint.glob("*optim_states.pt"))
-    if not parts:
-        whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        optimizer = whole["optimizer"]
+    optimizer = _saved_optimizer(checkpoint)
+    if not list(checkpoint.glob("*optim_states.pt")):
         if "state" not in optimizer:
             raise ValueError(f"{checkpoint}: the moments of fp16 at ZeRO 0 cannot be read; use ZeRO 1 to 3")
         step = _updates(optimizer)
         moments = {name: optimizer["state"][index] for index, name in enumerate(shapes)}
         return {name: {key: state[key] for key in MOMENTS} | {"step": step} for name, state in moments.items()}
-    zero = torch.load(parts[0], map_location="cpu", weights_only=False)["optimizer_state_dict"]
-    step = _updates(zero["base_optimizer_state"] if "base_optimizer_state" in zero else zero["optimizer_state_dict"])
+    step = _updates(optimizer)
     converted, trouble = _convert(checkpoint)
     if converted is None:
         raise ValueError(f"{checkpoint}: Adam's moments could not be put together: {trouble}")
@@ -232,6 +229,26 @@ def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
         }
     finally:
         shutil.rmtree(converted.parent)
+
+
+def checkpoint_learning_rate(checkpoint: Path) -> float:
+    """The learning rate of the step that comes next: schedulers set it at the end of the step before.
+
+    DeepSpeed unpickles checkpoints in full: load only what you trust.
+    """
+    optimizer = _saved_optimizer(checkpoint)
+    return float(optimizer.get("optimizer_state_dict", optimizer)["param_groups"][0]["lr"])
+
+
+def _saved_optimizer(checkpoint: Path) -> dict[str, Any]:
+    """What the optimizer itself saved (fp16 at ZeRO 0: with DeepSpeed's own around it); from ZeRO 1 on rank 0's
+    part."""
+    parts = sorted(checkpoint.glob("*optim_states.pt"))
+    if not parts:
+        whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+        return whole["optimizer"]
+    zero = torch.load(parts[0], map_location="cpu", weights_only=False)["optimizer_state_dict"]
+    return zero["base_optimizer_state"] if "base_optimizer_state" in zero else zero["optimizer_state_dict"]
 
 
 def _whole(path: Path) -> Tensor:

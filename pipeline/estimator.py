@@ -14,7 +14,16 @@ from pipeline.capture import LayerInputs
 from pipeline.config import InfluenceConfig
 from pipeline.data import Batch, Scored, Unit
 from pipeline.gradients import LayerGradients, Means
-from pipeline.influence import CountSketch, SquaredGradient, adam_factors, influence_scores, seed_of, unit_moments
+from pipeline.influence import (
+    CountSketch,
+    RunningMean,
+    SquaredGradient,
+    adam_factors,
+    influence_scores,
+    seed_of,
+    unit_moments,
+)
+from pipeline.layer_weights import LayerWeights
 from pipeline.loss import IGNORE, Visitor
 from pipeline.model import head_layer, is_conv1d, linear_layers
 from pipeline.residual import ResidualMoments
@@ -37,6 +46,7 @@ class Estimator:
         self._gradients: LayerGradients | None = None
         self._residual: ResidualMoments | None = None
         self._squared: SquaredGradient | None = None
+        self._layer_weights: LayerWeights | None = None
         self._sketch: CountSketch | None = None
         self._scale_V: Tensor | None = None
         self._means: Means = {}
@@ -44,6 +54,8 @@ class Estimator:
         self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         self._moments = config.estimator not in ("none", "loss", "random")
         self.needs_backward = config.estimator == "ghost"
+        reads = config.precondition == "adam_state" or config.layer_weights == "gains"
+        self.needs_second_moments = self._moments and reads
         if not self._moments:
             return
         name, head = head_layer(model)
@@ -58,6 +70,7 @@ class Estimator:
         if config.estimator == "residual":
             widths = None if sketch == "none" else sketch
             self._residual = ResidualMoments(model, layers, widths, seed, device, partial(timed, "layer inputs"))
+            self._weigh_layers(self._residual.inputs)
             return
         if config.estimator == "lli":
             layers = {name: head}
@@ -70,7 +83,12 @@ class Estimator:
         self._head = name
         if config.precondition == "adam_ema":
             self._squared = SquaredGradient(head.out_features, config.adam_decay, config.adam_power, device)
-            self._square_sum_V = torch.zeros(head.out_features, device=device)
+        self._weigh_layers(self._inputs)
+
+    def _weigh_layers(self, inputs: LayerInputs) -> None:
+        kind = self._config.layer_weights
+        if kind != "none":
+            self._layer_weights = LayerWeights(kind, inputs, self._config.layer_decay, self._device)
 
     def capture(self) -> AbstractContextManager:
         """The `with` for the forward; it ends before the backward."""
@@ -92,14 +110,17 @@ class Estimator:
         return bool(self._means)
 
     def precondition(self, means: Means) -> None:
-        """`adam_state`: score in the geometry of these second moments of the optimizer until the next call.
+        """`adam_state`: score in the geometry of these second moments of the optimizer until the next call. (`gains`:
+        weigh layers by them.)
 
         `ghost` scales every layer's input and output gradient (`influence.adam_factors`); `lai` and `lli` scale inputs
         by the column factors of their own layer and the logit gradient by the head's row factors; `residual`:
         `ResidualMoments.precondition`.
         """
         self._means = means
-        if self._residual:
+        if self._layer_weights:
+            self._layer_weights.learn({layer: means[name] for layer, (name, _) in self._weights.items()})
+        elif self._residual:
             self._residual.precondition(means)
         elif self._gradients:
             self._gradients.precondition(means)
@@ -132,6 +153,8 @@ class Estimator:
             assert feedback_NG is not None
             spans = [unit.span for unit in batch.units]
             with self._timed("moments"):
+                if self._layer_weights:
+                    self._layer_weights.add(tokens_U.sum())
                 if self._gradients:
                     basis = self._gradients.take_moments(feedback_NG)
                 elif self._residual:
@@ -152,8 +175,8 @@ class Estimator:
         `validation`, what `hold_validation` holds.
 
         Positive helps; NaN for `none`. A unit that is not finite has NaN as its loss, and so have the others of its
-        sequence. Collective where moments are needed: one all-reduce of K x G numbers a micro-batch (and V + 1 under
-        `adam_ema`; none against a validation set).
+        sequence. Collective where moments are needed: one all-reduce of K x G numbers a micro-batch (and V under
+        `adam_ema`, one a layer for `layer_weights`; none against a validation set).
         """
         pending, self._pending = self._pending, []
         if not self._moments:
@@ -188,27 +211,36 @@ class Estimator:
         local = torch.stack([moments_UM.sum(0) for moments_UM, *_ in pending]).sum(0)
         with self._timed("reduce"):
             self._held["validation"] = collectives.all_reduce_sum(local)
-        if self._squared:  # D is of what is trained on
-            self._square_sum_V.zero_()
+        for mean in self._running_means():  # of what is trained on
+            mean.take()
+
+    def _running_means(self) -> list[RunningMean]:
+        """What is kept of earlier micro-batches."""
+        found = (self._squared, self._layer_weights and self._layer_weights.squares)
+        return [mean for mean in found if mean]
 
     def _references(self, pending: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Tensor]:
         """The moment of each micro-batch, on all ranks together. Collective."""
         with self._timed("scores"):
             local = [moments_UM.sum(0) for moments_UM, *_ in pending]
-            if self._squared:
+            means = self._running_means()
+            if means:
                 tokens = torch.stack([tokens_U.sum() for *_, tokens_U in pending]).sum()
-                local += [self._square_sum_V, tokens.to(self._square_sum_V)[None]]
-        if self._config.reference == "validation" and not self._squared:
+                local += [*(mean.take() for mean in means), tokens.to(local[0])[None]]
+        if self._config.reference == "validation" and not means:
             return local
         with self._timed("reduce"):
             summed = list(collectives.all_reduce_sum(torch.cat(local)).split([part.numel() for part in local]))
-        if self._squared:
-            square_sum_V, tokens = summed[-2:]
-            if square_sum_V.isfinite().all():
-                self._squared.update(square_sum_V, float(tokens))
-                self._scale_V = self._squared.scale_V
-            self._square_sum_V.zero_()
+        for mean, sum_C in zip(means, summed[len(pending) :], strict=False):
+            mean.update(sum_C, float(summed[-1]))
+        self._go_by_means()
         return summed[: len(pending)]
+
+    def _go_by_means(self) -> None:
+        if self._squared:
+            self._scale_V = self._squared.scale_V
+        if self._layer_weights:
+            self._layer_weights.weigh()
 
     def _reference(self, micro: list[Tensor]) -> tuple[Tensor, float]:
         """The moment that scores are against, and how much of a unit's own is to be taken out of it."""
@@ -241,9 +273,7 @@ class Estimator:
             "held": {name: tensor.cpu() for name, tensor in self._held.items()},
             "means": {name: (rows.cpu(), columns.cpu()) for name, (rows, columns) in self._means.items()},
         }
-        if self._squared:
-            state |= {"mean_square": self._squared.mean_V.cpu(), "updates": self._squared.updates}
-        return state
+        return state | {"running": [(mean.raw_C.cpu(), mean.updates) for mean in self._running_means()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a saved state; what was scored otherwise before has no bearing, and all is gathered anew."""
@@ -253,14 +283,14 @@ class Estimator:
         if state["means"]:
             move = {name: [side.to(self._device) for side in sides] for name, sides in state["means"].items()}
             self.precondition({name: (rows, columns) for name, (rows, columns) in move.items()})
-        if self._squared:
-            self._squared.load(state["mean_square"], state["updates"])
-            self._scale_V = self._squared.scale_V
+        for mean, saved in zip(self._running_means(), state["running"], strict=True):
+            mean.load(*saved)
+        self._go_by_means()
 
     def _visit(self, gradient_nV: Tensor) -> Tensor:
         with self._timed("logit gradient"):
             if self._squared:
-                self._square_sum_V += gradient_nV.square().sum(0)
+                self._squared.add(gradient_nV.square().sum(0))
             if self._residual:
                 return self._residual.visit(gradient_nV)
             if self._scale_V is not None:

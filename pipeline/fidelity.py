@@ -25,15 +25,16 @@ from transformers import PreTrainedModel
 
 from pipeline import engine
 from pipeline.checkpoint import checkpoints_of
-from pipeline.checks import EXACT, read_deepspeed_config
+from pipeline.checks import EXACT, LAYER_WEIGHTS, read_deepspeed_config
 from pipeline.comparison import Comparison, widths
 from pipeline.config import Config, InfluenceConfig, exit_on_user_error, parse
 from pipeline.data import Batch, Samples
 from pipeline.estimator import Estimator
 from pipeline.evaluate import load_weights
 from pipeline.fidelity_figure import draw
+from pipeline.grams import flattened_grams, partial_backward_gram
 from pipeline.loss import token_losses
-from pipeline.model import head_layer, linear_layers, load_model
+from pipeline.model import load_model
 from pipeline.prepare import ensure_prepared, load_split
 from pipeline.shapley import (
     SGD,
@@ -48,7 +49,9 @@ from pipeline.shapley import (
 from pipeline.timing import Stopwatch
 
 START = "start"
-_WARM_UP_BATCHES = 8  # that adam_ema's running mean is made of before it is measured
+_WARM_UP_BATCHES = 8  # that running means are made of before they are measured
+_WARMED_UP = ("adam_ema", *LAYER_WEIGHTS)
+_LAST_BLOCKS = {"residual_last_1": 1, "residual_last_2": 2}
 _COMPARISON_ONLY = ("ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm")
 _OWN_TERMS = (True, False)
 
@@ -73,45 +76,6 @@ def scores_of(estimator: Estimator, model: nn.Module, batch: Batch) -> Tensor:
     return estimator.scores()[0].scores_U.double().cpu()
 
 
-def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
-    """Influence with each sequence flattened to one vector of tokens x features, (B, B): for comparison only.
-
-    With A_l and b_l the inputs and output gradients of layer l so flattened, `ghost_flattened` is the sum over l of
-    <A_l j, A_l z> <b_l j, b_l z>, and `lai_flattened` has the head's b, the logit gradient, for all. Tokens meet only
-    tokens at the same position, so they are the inner products of gradients for sequences of one label only.
-    `logit_gradient_norm` is on the diagonal: the root of the sum over tokens of |g_t|^2.
-    """
-    inputs: dict[str, Tensor] = {}
-    gradients: dict[str, Tensor] = {}
-
-    def gram(rows_BTD: Tensor) -> Tensor:
-        rows = rows_BTD.detach().flatten(1)
-        return rows @ rows.T
-
-    def hook(name: str):
-        def read(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            inputs[name] = gram(args[0])
-            if output.requires_grad:
-                output.register_hook(lambda gradient: gradients.update({name: gram(gradient)}))
-
-        return read
-
-    hooks = [layer.register_forward_hook(hook(name)) for name, layer in linear_layers(model).items()]
-    try:
-        logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
-        token_losses(logits_BTV, batch.labels_BT)[0].sum().backward()
-    finally:
-        for handle in hooks:
-            handle.remove()
-    model.zero_grad()
-    feedback = gradients[head_layer(model)[0]]
-    return {
-        "ghost_flattened": torch.stack([inputs[name] * gradients[name] for name in gradients]).sum(0),
-        "lai_flattened": torch.stack(list(inputs.values())).sum(0) * feedback,
-        "logit_gradient_norm": feedback.diagonal().sqrt().diag(),
-    }
-
-
 def row_and_column_means(moments: Moments, beta: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
     """Of each matrix's bias-corrected second moment: the mean of every row (over its columns) and of every column."""
     means = {}
@@ -126,7 +90,7 @@ def row_and_column_means(moments: Moments, beta: float, device: torch.device) ->
 
 
 def reference_values(
-    config: Config, model: PreTrainedModel, batch: Batch, adam: Adam | None, index: int
+    config: Config, model: PreTrainedModel, batch: Batch, adam: Adam | None, learning_rate: float, index: int
 ) -> tuple[Values, dict[str, Any]]:
     """What each sample of the `index`-th batch does, by every reference that applies, and how Shapley's went."""
     values: Values = {}
@@ -145,7 +109,7 @@ def reference_values(
             continue
         else:
             started = time.perf_counter()
-            rule = adam if name == "shapley_adam" and adam else SGD(_learning_rate(config))
+            rule = adam if name == "shapley_adam" and adam else SGD(learning_rate)
             estimate = permutation_shapley(
                 StepEffect(model, batch, gradients_BP, rule),
                 len(gradients_BP),
@@ -158,6 +122,7 @@ def reference_values(
             spreads = [float(row_sums(effects, own).std()) for own in _OWN_TERMS]
             details[name] = {
                 "permutations": estimate.permutations,
+                "learning_rate": learning_rate,
                 "standard_error": {
                     "in" if own else "out": float(errors.max()) / spread if spread else None
                     for own, errors, spread in zip(_OWN_TERMS, estimate.errors_Rn, spreads, strict=True)
@@ -168,14 +133,14 @@ def reference_values(
     return values, details
 
 
-def _learning_rate(config: Config) -> float:
-    """The optimizer's peak: what a schedule makes of it at a checkpoint may be 0."""
+def _peak_learning_rate(config: Config) -> float:
+    """Of the optimizer and its schedule: what `start`, where no step has set another, is measured with."""
     settings = read_deepspeed_config(config)
     schedule = settings.get("scheduler", {}).get("params", {})
     return schedule.get("warmup_max_lr", settings["optimizer"].get("params", {}).get("lr", 1e-3))
 
 
-def adam_step(config: Config, model: nn.Module, moments: Moments | None) -> Adam | None:
+def adam_step(config: Config, model: nn.Module, moments: Moments | None, learning_rate: float) -> Adam | None:
     """The run's Adam with these moments (none: before the first update); None where the run has another optimizer."""
     optimizer = read_deepspeed_config(config)["optimizer"]
     kind, settings = optimizer["type"].lower(), optimizer.get("params", {})
@@ -194,7 +159,7 @@ def adam_step(config: Config, model: nn.Module, moments: Moments | None) -> Adam
     decay = settings.get("weight_decay", 0.01 if settings.get("torch_adam") and decoupled else 0.0)
     step = int(next(iter(moments.values()))["step"]) if moments else 0
     eps = settings.get("eps", 1e-8)
-    return Adam(_learning_rate(config), (first, second), eps, decay, decoupled, mean_P, square_P, step)
+    return Adam(learning_rate, (first, second), eps, decay, decoupled, mean_P, square_P, step)
 
 
 # The measurement
@@ -225,16 +190,17 @@ def measure(config: Config) -> dict[str, Any]:
     shapley = []
     for checkpoint in tqdm(names, desc="checkpoints"):
         model = load_model(config.model, config.seed).eval()
-        moments = None
+        moments, learning_rate = None, _peak_learning_rate(config)
         if checkpoint != START:
             load_weights(model, found[checkpoint])
             moments = engine.checkpoint_adam(found[checkpoint])
+            learning_rate = engine.checkpoint_learning_rate(found[checkpoint])
         model.to(device)
         exact = copy.deepcopy(model).double()
-        adam = adam_step(config, exact, moments)
+        adam = adam_step(config, exact, moments, learning_rate)
         values_of_batch = []
         for index, batch in enumerate(batches[_WARM_UP_BATCHES:]):
-            values, details = reference_values(config, exact, batch, adam, index)
+            values, details = reference_values(config, exact, batch, adam, learning_rate, index)
             values_of_batch.append(values)
             shapley += [
                 {"checkpoint": checkpoint, "batch": index, "reference": name, **detail}
@@ -271,6 +237,7 @@ def _all_scores(
 ) -> Iterator[tuple[tuple[str, str, str], bool, list[Tensor]]]:
     """(estimator, precondition, sketch), whether the own term is in, and the scores of every measured batch."""
     measured = batches[_WARM_UP_BATCHES:]
+    means = row_and_column_means(moments, adam.betas[1], device) if moments and adam else None
     matrices: dict[str, list[Tensor]] = defaultdict(list)
     if set(config.fidelity.estimators) & set(_COMPARISON_ONLY):
         for batch in measured:
@@ -278,27 +245,37 @@ def _all_scores(
             for name, matrix_BB in found.items():
                 matrices[name].append(matrix_BB.double().cpu())
     for entry in config.fidelity.estimators:
-        name, precondition = [*entry.split("/"), "none"][:2]
-        if precondition == "adam_state" and moments is None:
-            continue  # no optimizer state to scale with
+        name, _, form = entry.partition("/")
+        weights, precondition = (form, "none") if form in LAYER_WEIGHTS else ("none", form or "none")
+        if form in ("adam_state", "gains") and means is None:
+            continue  # no optimizer state to go by
+        if name in _LAST_BLOCKS:
+            grams = [
+                partial_backward_gram(model, batch, _LAST_BLOCKS[name], means if form else None) for batch in measured
+            ]
+            for own in _OWN_TERMS:
+                yield (name, precondition, "none"), own, [row_sums(gram.double().cpu(), own) for gram in grams]
+            continue
         for own in _OWN_TERMS:
             if name in _COMPARISON_ONLY:
                 alone = name == "logit_gradient_norm"
                 yield (name, "none", "none"), own, [row_sums(matrix, own or alone) for matrix in matrices[name]]
                 continue
-            for influence in _forms(config, name, precondition, own):
+            for influence in _forms(config, name, precondition, weights, own):
                 estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
-                if precondition == "adam_state" and moments and adam:
-                    estimator.precondition(row_and_column_means(moments, adam.betas[1], device))
-                for batch in batches[:_WARM_UP_BATCHES] if precondition == "adam_ema" else []:
+                if estimator.needs_second_moments and means:
+                    estimator.precondition(means)
+                for batch in batches[:_WARM_UP_BATCHES] if form in _WARMED_UP else []:
                     scores_of(estimator, model, batch)
                 scores = [scores_of(estimator, model, batch) for batch in measured]
-                yield (name, precondition, widths(influence)), own, scores
+                label = name if weights == "none" else entry
+                yield (label, precondition, widths(influence)), own, scores
 
 
-def _forms(config: Config, name: str, precondition: str, own: bool) -> list[InfluenceConfig]:
+def _forms(config: Config, name: str, precondition: str, weights: str, own: bool) -> list[InfluenceConfig]:
     """The estimator as the config sketches it and, where asked for, exact; controls have one form."""
-    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "include_self": own}
+    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "layer_weights": weights}
+    chosen["include_self"] = own
     base = replace(config.influence, reference="batch", unit="sequence", scope="micro_step", **chosen)
     exact = replace(base, sketch="none")
     if name in ("loss", "random") or base.sketch == "none":

@@ -30,7 +30,8 @@ def draw(config: Config, comparisons: Sequence[Comparison], path: Path) -> None:
     checkpoints = list(dict.fromkeys(c.checkpoint for c in shown))
 
     influence = config.influence
-    wanted = (influence.estimator, influence.precondition, widths(influence))
+    weights = "" if influence.layer_weights == "none" else f"/{influence.layer_weights}"
+    wanted = (f"{influence.estimator}{weights}", influence.precondition, widths(influence))
     own = next((c.name for c in shown if (c.estimator, c.precondition, c.sketch) == wanted), names[0])
     # Evenly over the run, its first and last among them.
     picked = np.unique(np.linspace(0, len(checkpoints) - 1, _MOST_SCATTERS).round().astype(int))

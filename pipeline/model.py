@@ -89,6 +89,14 @@ def head_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
     raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
 
 
+def blocks(model: PreTrainedModel) -> nn.ModuleList:
+    """The transformer's blocks, from the embedding on. Raises ValueError where there is no list of them."""
+    for module in model.base_model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == model.config.num_hidden_layers:
+            return module
+    raise ValueError(f"{type(model).__name__} has no list of {model.config.num_hidden_layers} blocks")
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a linear map stores its weight as (inputs, outputs), as GPT-2's do."""
     return isinstance(module, Conv1D)

@@ -44,7 +44,7 @@ class ResidualMoments:
         name, self._head = head_layer(model)
         self._words, self._norm = model.get_input_embeddings(), final_norm(model)
         self._body = {layer: module for layer, module in layers.items() if layer != name}
-        self._inputs = LayerInputs(self._body, sketch.inputs if sketch else None, seed, timed)
+        self.inputs = LayerInputs(self._body, sketch.inputs if sketch else None, seed, timed)
         names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
         self._name = {layer: names[id(module.weight)] for layer, module in self._body.items()}
         self._of_head, self._of_words = names[id(self._head.weight)], names[id(self._words.weight)]
@@ -77,10 +77,10 @@ class ResidualMoments:
             rows, columns = reversed(means[self._name[layer]]) if is_conv1d(module) else means[self._name[layer]]
             _, scale_D = adam_factors(rows, columns)
             mean = rows.mean()
-            self._inputs.scales[layer] = scale_D * torch.where(mean > 0, mean, 1.0) ** -0.25
+            self.inputs.scales[layer] = scale_D * torch.where(mean > 0, mean, 1.0) ** -0.25
 
     def __enter__(self) -> "ResidualMoments":
-        self._inputs.__enter__()
+        self.inputs.__enter__()
         self._hooks = [
             # Before the engine's own hooks, which give gathered weights back.
             self._words.register_forward_hook(self._embedded, prepend=True),
@@ -92,10 +92,10 @@ class ResidualMoments:
     def __exit__(self, *error: Any) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._inputs.__exit__(*error)
+        self.inputs.__exit__(*error)
 
     def norms(self) -> dict[str, Tensor]:
-        return self._inputs.norms()
+        return self.inputs.norms()
 
     def visit(self, gradient_nV: Tensor) -> Tensor:
         """(n, G + K): g_t, and e_t, of the next n tokens of the forward."""
@@ -108,7 +108,7 @@ class ResidualMoments:
         """(U, numbers of both parts)."""
         widths = [feedback.shape[1] - self._projection_VK.shape[1], self._projection_VK.shape[1]]
         feedback_NG, residual_NK = feedback.split(widths, dim=1)
-        body = unit_moments(self._inputs.take_keys().to(feedback.dtype), residual_NK, spans)
+        body = unit_moments(self.inputs.take_keys().to(feedback.dtype), residual_NK, spans)
         ends_UKG = unit_moments(self._head_keys_NK.to(feedback.dtype), feedback_NG, spans)
         keys_NK = residual_NK
         if self._words_V is not None:

@@ -232,7 +232,7 @@ class Step:
         """Bring what the estimator holds between steps up to date."""
         influence = self._config.influence
         due = not self._estimator.preconditioned or (step - 1) % influence.adam_every_steps == 0
-        if influence.precondition == "adam_state" and due:
+        if self._estimator.needs_second_moments and due:
             with self._timed("second moments"):
                 means = engine.second_moments(self._engine)
             if means:

@@ -54,16 +54,26 @@ def token_pair_scores(
     return pairs_BB.sum(1)
 
 
-def token_pair_moments(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """LAI's moment of every sample, whole: (B, sum of input widths x V), so that Eq. 4 is an inner product of two."""
-    inputs, hooks = [], []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            hooks.append(module.register_forward_hook(lambda _m, args, _out: inputs.append(args[0])))
+def layer_inputs(model: PreTrainedModel, batch: Batch) -> tuple[list[Tensor], Tensor]:
+    """The input of every linear layer, in the model's order, in float64, and the logits."""
+    inputs: dict[nn.Module, Tensor] = {}
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+    hooks = [
+        layer.register_forward_hook(lambda m, args, _out: inputs.update({m: args[0].double()})) for layer in layers
+    ]
     with torch.no_grad():
         logits_BTV = model(input_ids=batch.input_ids_BT).logits
     for hook in hooks:
         hook.remove()
+    return [inputs[layer] for layer in layers], logits_BTV
+
+
+def token_pair_moments(model: PreTrainedModel, batch: Batch, weights_L: Tensor | None = None) -> Tensor:
+    """LAI's moment of every sample, whole: (B, sum of input widths x V), so that Eq. 4 is an inner product of two; its
+    terms of layer l times weights_L[l]."""
+    inputs, logits_BTV = layer_inputs(model, batch)
+    if weights_L is not None:
+        inputs = [x * weight.sqrt() for x, weight in zip(inputs, weights_L, strict=True)]
     onehot_BTV = F.one_hot(batch.labels_BT.clamp(min=0), logits_BTV.shape[2])
     feedback_BTV = (logits_BTV.softmax(2) - onehot_BTV) * (batch.labels_BT != IGNORE)[:, :, None]
-    return torch.einsum("btd,btv->bdv", torch.cat(inputs, dim=2).double(), feedback_BTV.double()).flatten(1)
+    return torch.einsum("btd,btv->bdv", torch.cat(inputs, dim=2), feedback_BTV.double()).flatten(1)

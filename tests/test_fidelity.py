@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import engine
+from pipeline import engine, fidelity
 from pipeline.checkpoint import checkpoints_of
 from pipeline.checks import FIDELITY_ESTIMATORS
 from pipeline.comparison import pearson, spearman
@@ -91,6 +91,7 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     found = {tuple(row[key] for key in keys): row for row in rows}
     assert len(found) == len(rows)
     one_form = {"ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm", "loss", "random"}
+    one_form |= {name for name in FIDELITY_ESTIMATORS if name.startswith("residual_last")}
     forms = 2 * len(FIDELITY_ESTIMATORS) - len(one_form)
     assert len(rows) == 2 * forms * 4 * 2
     assert {row["checkpoint"] for row in rows} == {"step-2", "step-3"}
@@ -104,11 +105,53 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
         assert itself["batches"] == 2
         # All but biases, norms and positions; this model has norms only.
         assert found["step-3", "ghost", "none", "none", "ip", own_term]["pearson_min"] > 0.99
+        # Two blocks are all of this model's.
+        assert found["step-3", "residual_last_2", "none", "none", "ip", own_term]["pearson_min"] > 0.99
+        assert found["step-3", "residual_last_2", "adam_state", "none", "ip_adam", own_term]["pearson_mean"] == (
+            pytest.approx(found["step-3", "ghost", "adam_state", "none", "ip_adam", own_term]["pearson_mean"], abs=1e-3)
+        )
         small_step = found["step-3", "ip", "none", "none", "shapley_sgd", own_term]
         assert small_step["pearson_mean"] > 0.95
         assert small_step["batches"] == 1
     assert {entry["permutations"] for entry in report["shapley"]} == {4}
     assert matplotlib.image.imread(Path(config.run_dir) / "fidelity.png").ndim == 3
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_shapley_values_are_of_a_step_at_the_checkpoints_own_learning_rate(
+    ranks, corpus, tiny_model, tmp_path, monkeypatch, stage
+):
+    """Catches the schedule's peak at every checkpoint, and a rate that is written down but not stepped with."""
+    schedule = {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-3, "warmup_num_steps": 4, "warmup_type": "linear"}}
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json", stage, optimizer=ADAM, scheduler=schedule),
+        max_steps=4,
+        checkpoint__every_steps=2,
+        influence__estimator="none",
+        fidelity__batch_size=3,
+        fidelity__batches=1,
+        fidelity__permutations=2,
+        fidelity__references='["shapley_sgd","shapley_adam"]',
+        fidelity__estimators='["random"]',
+        fidelity__checkpoints='["start","step-2","step-4"]',
+    )
+    ranks(run, config)
+    stepped = []
+    original = fidelity.StepEffect
+
+    def step_effect(model, batch, gradients, rule):
+        stepped.append(rule.learning_rate)
+        return original(model, batch, gradients, rule)
+
+    monkeypatch.setattr(fidelity, "StepEffect", step_effect)
+    found = [(row["checkpoint"], row["learning_rate"]) for row in measure(config)["shapley"]]
+    # DeepSpeed's schedule takes steps 1 and 2 at 0, and each one after at a quarter of the peak more.
+    expected = {"start": 1e-3, "step-2": 0.25e-3, "step-4": 0.75e-3}
+    assert found == [(name, pytest.approx(rate)) for name, rate in expected.items() for _ in range(2)]
+    assert stepped == [rate for _, rate in found]
 
 
 def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_run, tmp_path):
@@ -121,7 +164,7 @@ def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_ru
     ]
     assert all(0.5 < row["pearson_mean"] < 1 for row in rows)
     assert {row["reference"] for row in rows} == {"exact"}
-    config = replace(config, influence=replace(config.influence, sketch=SketchConfig(10**6, 10**6, 10**3)))
+    config = replace(config, influence=replace(config.influence, sketch=SketchConfig(10**3, 10**3, 10**3)))
     whole = measure(replace(config, fidelity=replace(config.fidelity, **chosen | {"estimators": ["lli"]})))["rows"]
     assert [row["pearson_min"] for row in whole] == pytest.approx([1, 1])
 

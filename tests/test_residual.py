@@ -46,8 +46,9 @@ def scores(model, batch: Batch, means=None, seed: int = 3, **options) -> Tensor:
     return estimator.scores()[0].scores_U
 
 
-def written_out(model, batch: Batch, means=None) -> Tensor:
-    """In float64, with no sketch, no chunk, and every outer product of every token."""
+def written_out(model, batch: Batch, means=None, weights=None) -> Tensor:
+    """In float64, with no sketch, no chunk, and every outer product of every token. `weights`: of the layers but the
+    head, by name."""
     head, norm = head_layer(model)[1], final_norm(model)
     inputs: dict[nn.Module, Tensor] = {}
     hooks = [
@@ -78,15 +79,16 @@ def written_out(model, batch: Batch, means=None) -> Tensor:
     ends = torch.einsum("btd,btv->bdv", inputs[head] * columns, g * rows)
     embedding = torch.einsum("btd,btv->bdv", e, F.one_hot(batch.input_ids_BT, VOCABULARY).double() * factors(words)[0])
     parts = [ends + embedding] if head.weight is words else [ends, embedding]
-    for module in linear_layers(model).values():
+    for layer, module in linear_layers(model).items():
         if module is head:
             continue
+        weight = weights[layer] if weights else 1.0
         scale: Tensor | float = 1.0
         if means is not None:
             row_means, column_means = means[names[id(module.weight)]]
             ins = row_means if isinstance(module, Conv1D) else column_means
             scale = (ins / ins.mean()) ** -0.25 * ins.mean() ** -0.25
-        parts.append(torch.einsum("bti,btd->bid", inputs[module] * scale, e))
+        parts.append(torch.einsum("bti,btd->bid", inputs[module] * scale * weight**0.5, e))
     moments = torch.cat([part.flatten(1) for part in parts], dim=1)
     pairs = moments @ moments.T
     return (pairs - pairs.diag().diag()).sum(1)
@@ -102,6 +104,35 @@ def test_exact_scores_are_those_written_out(batch, kind, adam):
         means = {name: (v.mean(1), v.mean(0)) for name, v in second.items()}
     expected = written_out(model, batch, means)
     assert (scores(model, batch, means, sketch="none") - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_layers_are_weighed_by_the_inverse_norms_of_an_earlier_micro_batch(batch, kind):
+    """Catches weights that put the body on another scale than head and embedding, which have none."""
+    model = model_of(kind)
+    earlier = Batch(batch.input_ids_BT.flip(0, 1), batch.labels_BT, batch.units)
+    inputs: dict[str, Tensor] = {}
+    body = {layer: module for layer, module in linear_layers(model).items() if module is not head_layer(model)[1]}
+    hooks = [
+        module.register_forward_hook(lambda _, args, __, layer=layer: inputs.update({layer: args[0].double()}))
+        for layer, module in body.items()
+    ]
+    config = InfluenceConfig(estimator="residual", include_self=False, sketch="none", layer_weights="inverse_norm")
+    estimator = Estimator(config, model, 3, CPU, Stopwatch(CPU))
+    for part in (earlier, batch):
+        with torch.no_grad(), estimator.capture():
+            losses, feedback = token_losses(model(input_ids=part.input_ids_BT).logits, part.labels_BT, estimator.visit)
+        estimator.add(part, losses, feedback)
+        found = estimator.scores()[0].scores_U
+        if part is earlier:
+            assert (found - written_out(model, part)).abs().max() < 1e-4 * found.abs().max()
+            inverse = {layer: 1 / float(x.square().sum(2).mean()) for layer, x in inputs.items()}
+    for hook in hooks:
+        hook.remove()
+    weights = {layer: value * len(inverse) / sum(inverse.values()) for layer, value in inverse.items()}
+    assert max(weights.values()) > 1.5 * min(weights.values())
+    expected = written_out(model, batch, weights=weights)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "llama"])

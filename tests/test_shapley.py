@@ -8,7 +8,8 @@ from torch import nn
 from pipeline.config import InfluenceConfig
 from pipeline.data import Batch, Unit
 from pipeline.estimator import Estimator
-from pipeline.fidelity import flattened_grams, scores_of
+from pipeline.fidelity import scores_of
+from pipeline.grams import flattened_grams
 from pipeline.loss import IGNORE
 from pipeline.shapley import (
     SGD,
