@@ -36,6 +36,8 @@ class LayerInputs:
         """What multiplies a layer's input, (D,), by its name; 1 where there is none."""
         self.weights: dict[str, float] = {}
         """What multiplies a layer's products a . a', by its name; 1 where there is none."""
+        self.measured = True
+        """Whether `norms` and `mean_squares` are wanted of the next forward: they read every input once more."""
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def __enter__(self) -> "LayerInputs":
@@ -64,7 +66,7 @@ class LayerInputs:
         return keys[0] if self._width is not None else torch.cat(keys, dim=1)
 
     def norms(self) -> dict[str, Tensor]:
-        """Root mean square over tokens of each layer's input norm |a|; estimated from the sketch where there is one."""
+        """Root mean square over tokens of each layer's input norm |a|."""
         return {name: square.sqrt() for name, square in self._mean_squares.items()}
 
     def mean_squares(self) -> Tensor:
@@ -72,35 +74,41 @@ class LayerInputs:
         none = torch.zeros_like(next(iter(self._mean_squares.values())))
         return torch.stack([self._mean_squares.get(name, none) for name in self.names])
 
-    @torch.no_grad()
     def _read(self, name: str, input_BTD: Tensor) -> None:
-        with self._timed():
-            # Layers with scales of their own share nothing.
-            if input_BTD is not self._shared or name in self.scales:
-                self._flush()
-                self._shared = input_BTD
-                self._pending_NK = self._sketch(name, input_BTD.detach().flatten(0, -2))
-            self._readers.append(name)
+        # Layers with scales of their own share nothing.
+        if input_BTD is not self._shared or name in self.scales:
+            self._flush()
+            self._shared = input_BTD
+        self._readers.append(name)
 
+    @torch.no_grad()
     def _flush(self) -> None:
         """Add the product that `_readers` share."""
-        if not self._readers:
+        if self._shared is None:
             return
-        mean_square = self._pending_NK.square().sum(1).mean()
-        self._mean_squares |= dict.fromkeys(self._readers, mean_square)
-        keys_NK = self._pending_NK * sqrt(sum(self.weights.get(name, 1.0) for name in self._readers))
-        if self._keys and self._width is not None:
-            self._keys[0] += keys_NK
-        else:
-            self._keys.append(keys_NK)
-        self._readers = []
+        with self._timed():
+            name, input_ND = self._readers[0], self._shared.detach().flatten(0, -2)
+            if self.measured:
+                norm = torch.linalg.vector_norm(input_ND, dtype=_at_least_float32(input_ND))
+                self._mean_squares |= dict.fromkeys(self._readers, norm.square() / len(input_ND))
+            if name in self.scales:
+                input_ND = input_ND * self.scales[name]
+            weight = sqrt(sum(self.weights.get(reader, 1.0) for reader in self._readers))
+            if self._width is None:
+                self._keys.append(input_ND.to(_at_least_float32(input_ND)) * weight)
+            else:
+                if not self._keys:
+                    self._keys.append(input_ND.new_zeros(len(input_ND), self._width, dtype=_at_least_float32(input_ND)))
+                self._sketch_of(name, input_ND)(input_ND, self._keys[0], weight)
+        self._shared, self._readers = None, []
 
-    def _sketch(self, name: str, input_ND: Tensor) -> Tensor:
-        if name in self.scales:
-            input_ND = input_ND * self.scales[name]
-        if self._width is None:
-            return input_ND if input_ND.dtype == torch.float64 else input_ND.float()
+    def _sketch_of(self, name: str, input_ND: Tensor) -> CountSketch:
+        assert self._width is not None
         if name not in self._sketches:
             seed = seed_of(self._seed, name)
             self._sketches[name] = CountSketch(input_ND.shape[1], self._width, seed, input_ND.device)
-        return self._sketches[name](input_ND)
+        return self._sketches[name]
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -90,9 +90,15 @@ class Estimator:
         if kind != "none":
             self._layer_weights = LayerWeights(kind, inputs, self._config.layer_decay, self._device)
 
-    def capture(self) -> AbstractContextManager:
-        """The `with` for the forward; it ends before the backward."""
-        return self._inputs or self._gradients or self._residual or nullcontext()
+    def capture(self, norms: bool = True) -> AbstractContextManager:
+        """The `with` for the forward; it ends before the backward. `norms`: whether they are asked for afterwards."""
+        if self._layer_inputs:
+            self._layer_inputs.measured = norms or self._layer_weights is not None
+        return self._residual or self._inputs or self._gradients or nullcontext()
+
+    @property
+    def _layer_inputs(self) -> LayerInputs | None:
+        return self._residual.inputs if self._residual else self._inputs
 
     @property
     def visit(self) -> Visitor | None:
@@ -100,9 +106,8 @@ class Estimator:
         return self._visit if self._moments else None
 
     def norms(self) -> dict[str, Tensor]:
-        """Root mean square norm of each captured layer's input in the last forward."""
-        source = self._inputs or self._residual
-        return source.norms() if source else {}
+        """Root mean square norm of each captured layer's input in the last forward, where it was measured."""
+        return self._layer_inputs.norms() if self._layer_inputs else {}
 
     @property
     def preconditioned(self) -> bool:
@@ -196,8 +201,11 @@ class Estimator:
     @property
     def reduced(self) -> int:
         """Numbers that `scores` would now hand to its all-reduce; nothing is summed up against a validation set."""
-        moments = 0 if self._config.reference == "validation" else sum(basis[0].numel() for basis, *_ in self._pending)
-        return (moments if self._moments else 0) + (len(self._square_sum_V) + 1 if self._squared else 0)
+        means = self._running_means()
+        if not self._moments or (self._config.reference == "validation" and not means):
+            return 0
+        moments = sum(basis[0].numel() for basis, *_ in self._pending)
+        return moments + (sum(len(mean.raw_C) for mean in means) + 1 if means else 0)
 
     @property
     def holds_validation(self) -> bool:
@@ -287,10 +295,10 @@ class Estimator:
             mean.load(*saved)
         self._go_by_means()
 
-    def _visit(self, gradient_nV: Tensor) -> Tensor:
+    def _visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
         with self._timed("logit gradient"):
             if self._squared:
-                self._squared.add(gradient_nV.square().sum(0))
+                self._squared.add(labelled_n.to(gradient_nV) @ gradient_nV.square())
             if self._residual:
                 return self._residual.visit(gradient_nV)
             if self._scale_V is not None:

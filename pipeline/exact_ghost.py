@@ -37,7 +37,7 @@ class ExactGhost(Estimator):
         super().__init__(replace(config, estimator="none", precondition="none"), Any, seed, device, timed)  # type: ignore[arg-type]
         self.needs_backward = True
 
-    def capture(self) -> Self:
+    def capture(self, norms: bool = True) -> Self:
         return self
 
     def __enter__(self) -> Self:

@@ -178,11 +178,11 @@ class LayerGradients:
             return
         with self._timed():
             weight = self._weights[self._name[name]]
-            gradient_NO = gradient.flatten(0, -2).to(factor.dtype) / factor
+            gradient_NO = gradient.flatten(0, -2)
             if name not in self._embeddings:
-                self._add(moments, self._name[name], kept, weight.feedback(gradient_NO))
+                self._add(moments, self._name[name], kept, weight.feedback(gradient_NO) / factor)
                 return
-            keys_NK = _sketched(weight.inputs, gradient_NO, weight.input_scale_D)
+            keys_NK = _sketched(weight.inputs, gradient_NO, weight.input_scale_D) / factor
             columns_N, signs_N = weight.outputs.of(kept) if weight.outputs else (kept, None)
             scale_N = weight.output_scale_O[kept] if weight.output_scale_O is not None else None
             for scale in (signs_N, scale_N):
@@ -208,7 +208,6 @@ class LayerGradients:
 
 
 def _sketched(sketch: CountSketch | None, values_NC: Tensor, scale_C: Tensor | None) -> Tensor:
-    values_NC = values_NC if values_NC.dtype == torch.float64 else values_NC.float()
     if scale_C is not None:
-        values_NC = values_NC * scale_C.to(values_NC.dtype)
-    return sketch(values_NC) if sketch else values_NC
+        values_NC = values_NC * scale_C.to(torch.promote_types(values_NC.dtype, torch.float32))
+    return sketch(values_NC) if sketch else values_NC.to(torch.promote_types(values_NC.dtype, torch.float32))

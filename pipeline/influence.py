@@ -89,13 +89,19 @@ class CountSketch:
         self._signs_D = (torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0).to(device)
         self._offset = int(torch.randint(0, width, (), generator=generator))
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        """(N, dim) -> (N, width), in float32 (float64 stays)."""
+    def __call__(self, x_ND: Tensor, out_NW: Tensor | None = None, scale: float = 1.0) -> Tensor:
+        """(N, dim) -> (N, width), in float32 (float64 stays), times `scale`; added to `out_NW` where that is given."""
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
-        y_NW = torch.zeros(len(x_ND), self.width, dtype=dtype, device=x_ND.device)
-        for x_Nw, signs_w in zip(x_ND.split(self.width, 1), self._signs_D.to(dtype).split(self.width), strict=True):
-            y_NW[:, : len(signs_w)].addcmul_(x_Nw, signs_w)
-        return y_NW.roll(self._offset, 1)
+        if out_NW is None:
+            out_NW = torch.zeros(len(x_ND), self.width, dtype=dtype, device=x_ND.device)
+        signs_D = self._signs_D.to(dtype)
+        first, bucket = 0, self._offset
+        while first < len(signs_D):
+            count = min(self.width - bucket, len(signs_D) - first)
+            part = slice(first, first + count)
+            out_NW[:, bucket : bucket + count].addcmul_(x_ND[:, part], signs_D[part], value=scale)
+            first, bucket = first + count, 0
+        return out_NW
 
     def of(self, coordinates_N: Tensor) -> tuple[Tensor, Tensor]:
         """Bucket and sign of each coordinate: what the sketch makes of that basis vector."""

@@ -12,8 +12,9 @@ _CHUNK_BYTES = 64 * 2**20
 _CHUNK_BYTES_CPU = 16 * 2**20
 """Smaller, because the C library maps larger blocks anew each time, and fresh pages cost more than the sums on them."""
 
-Visitor = Callable[[Tensor], Tensor]
-"""Takes the logit gradients of a chunk of tokens, (n, V) float32, its to overwrite; returns what to keep, (n, G)."""
+Visitor = Callable[[Tensor, Tensor], Tensor]
+"""Takes the logit gradients of a chunk of tokens, (n, V) float32, its to overwrite, and which of them have a label,
+(n,): the other rows mean nothing. Returns what to keep, (n, G), in which those rows are then set to 0."""
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, visit: Visitor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -21,7 +22,8 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, visit: Visitor | None = 
 
     loss_t = logsumexp(logits_t) - logits_t[label_t], and g_t = softmax(logits_t) - onehot(label_t), which needs no
     backward. Where the label is IGNORE both are 0. Softmax exists for one chunk of tokens at a time, formed once in the
-    forward, for loss and gradient both, and once in the backward, so no second (B, T, V) tensor is kept.
+    forward, for loss and gradient both, and once in the backward, so no second (B, T, V) tensor is kept and logits in
+    16 bits are never whole in float32.
 
     Returns (losses_BT, feedback_NG): losses in float32 (float64 for float64 logits), attached to the graph; feedback
     for the N = B T positions in order, detached, or None without `visit`.
@@ -48,20 +50,17 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits_NV: Tensor, labels_N: Tensor, visit: Visitor | None):
-        losses, lses, kept = [], [], []
+        losses, kept = [], []
         for logits_nV, labels_n in _chunks(logits_NV, labels_N):
             labelled_n = labels_n != IGNORE
             target_n1 = labels_n.where(labelled_n, 0).unsqueeze(1)
-            logits_nV = _at_least_float32(logits_nV)
-            largest_n1 = logits_nV.amax(1, keepdim=True)
-            softmax_nV = (logits_nV - largest_n1).exp_()
-            sum_n1 = softmax_nV.sum(1, keepdim=True)
-            lse_n1 = largest_n1 + sum_n1.log()
-            losses.append((lse_n1 - logits_nV.gather(1, target_n1)).squeeze(1) * labelled_n)
-            lses.append(lse_n1)
+            softmax_nV = _softmax(logits_nV)
+            # The largest softmax is 1 / (sum of exp(logit - largest logit)).
+            lse_n = logits_nV.amax(1) - softmax_nV.amax(1).log()
+            losses.append((lse_n - logits_nV.gather(1, target_n1).squeeze(1)) * labelled_n)
             if visit is not None:
-                kept.append(visit(_less_onehot(softmax_nV.mul_(labelled_n[:, None] / sum_n1), target_n1, labelled_n)))
-        ctx.save_for_backward(logits_NV, labels_N, torch.cat(lses))
+                kept.append(visit(_less_onehot(softmax_nV, target_n1), labelled_n).mul_(labelled_n[:, None]))
+        ctx.save_for_backward(logits_NV, labels_N)
         if visit is None:
             return torch.cat(losses), None
         feedback_NG = torch.cat(kept)
@@ -70,31 +69,29 @@ class _TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_N: Tensor, _):
-        logits_NV, labels_N, lse_N1 = ctx.saved_tensors
+        logits_NV, labels_N = ctx.saved_tensors
         grad_NV = torch.empty_like(logits_NV)
         start = 0
         for logits_nV, labels_n in _chunks(logits_NV, labels_N):
             stop = start + len(labels_n)
             labelled_n = labels_n != IGNORE
-            target_n1 = labels_n.where(labelled_n, 0).unsqueeze(1)
-            softmax_nV = (_at_least_float32(logits_nV) - lse_N1[start:stop]).exp_()
-            grad_NV[start:stop] = _less_onehot(softmax_nV, target_n1, labelled_n).mul_(
-                (grad_N[start:stop] * labelled_n)[:, None]
-            )
+            gradient_nV = _less_onehot(_softmax(logits_nV), labels_n.where(labelled_n, 0).unsqueeze(1))
+            torch.mul(gradient_nV, (grad_N[start:stop] * labelled_n)[:, None], out=grad_NV[start:stop])
             start = stop
         return grad_NV, None, None
 
 
-def _less_onehot(softmax_nV: Tensor, target_n1: Tensor, labelled_n: Tensor) -> Tensor:
-    """softmax - onehot, in place; rows without a label lose nothing."""
-    return softmax_nV.scatter_add_(1, target_n1, -labelled_n[:, None].to(softmax_nV))
+def _softmax(logits_nV: Tensor) -> Tensor:
+    """In one kernel, in float32 at least."""
+    return logits_nV.softmax(1, dtype=torch.promote_types(logits_nV.dtype, torch.float32))
+
+
+def _less_onehot(softmax_nV: Tensor, target_n1: Tensor) -> Tensor:
+    """The logit gradient, softmax - onehot, in place."""
+    return softmax_nV.scatter_add_(1, target_n1, softmax_nV.new_full(target_n1.shape, -1.0))
 
 
 def _chunks(logits_NV: Tensor, labels_N: Tensor):
     size = _CHUNK_BYTES_CPU if logits_NV.device.type == "cpu" else _CHUNK_BYTES
     tokens = max(1, size // (4 * logits_NV.shape[1]))
     return zip(logits_NV.split(tokens), labels_N.split(tokens), strict=True)
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -54,12 +54,15 @@ class Reckoning(Work):
         if given and given[0].element_size() == 2:
             self.low_flops += self.flops.total() - flops
         if self.elements.total() > elements:
-            self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in given + made)
+            moved = given + made
+            if func.name().partition("::")[2].startswith(_SPARSE):  # twice what goes in or out, of the first little
+                moved = 2 * [tensor for tensor in moved if _storage(tensor) != _storage(given[0])]
+            self.traffic += sum(tensor.numel() * tensor.element_size() for tensor in moved)
         self._account(given, made)
         return result
 
     def _account(self, given: list[Tensor], made: list[Tensor]) -> None:
-        known = self._alive | {tensor.untyped_storage()._cdata for tensor in given}
+        known = self._alive | {_storage(tensor) for tensor in given}
         for tensor in made:
             storage = tensor.untyped_storage()
             if storage._cdata not in known and tensor.is_meta:
@@ -71,6 +74,13 @@ class Reckoning(Work):
     def _freed(self, address: int, size: int) -> None:
         self._alive.discard(address)
         self.live -= size
+
+
+_SPARSE = ("gather", "scatter", "index", "embedding")
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _forget_gradient(parameter: Tensor) -> None:

@@ -94,9 +94,6 @@ class ResidualMoments:
             hook.remove()
         self.inputs.__exit__(*error)
 
-    def norms(self) -> dict[str, Tensor]:
-        return self.inputs.norms()
-
     def visit(self, gradient_nV: Tensor) -> Tensor:
         """(n, G + K): g_t, and e_t, of the next n tokens of the forward."""
         first, self._tokens = self._tokens, self._tokens + len(gradient_nV)

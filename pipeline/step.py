@@ -266,7 +266,7 @@ class Step:
 
     def _score(self, batch: Batch, step: int, m: int) -> Tensor:
         """The forward that scores; returns the loss of every position."""
-        with self._estimator.capture():
+        with self._estimator.capture(norms=step % self._config.observe.every_steps == 0):
             losses_BT, feedback_NG = self._forward(batch, step, m, self._estimator.visit)
         self._estimator.add(batch, losses_BT.detach(), feedback_NG)
         return losses_BT

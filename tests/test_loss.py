@@ -21,7 +21,7 @@ def test_token_losses_and_gradient_equal_autograd_through_cross_entropy(logits_a
     logits, labels = logits_and_labels
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES_CPU", 4 * 11 * chunk_tokens)
     weights = torch.rand(2, 7, generator=torch.Generator().manual_seed(1))
-    losses, feedback = token_losses(logits, labels, lambda gradient: gradient)
+    losses, feedback = token_losses(logits, labels, lambda gradient, _: gradient)
     (ours,) = torch.autograd.grad((losses * weights).sum(), logits)
 
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE)
@@ -37,7 +37,7 @@ def test_visiting_the_gradient_changes_neither_loss_nor_backward(logits_and_labe
     """Catches a visitor that overwrites what the loss is made of."""
     logits, labels = logits_and_labels
     plain, none = token_losses(logits, labels)
-    visited, _ = token_losses(logits, labels, lambda gradient: gradient.mul_(7))
+    visited, _ = token_losses(logits, labels, lambda gradient, _: gradient.mul_(7))
     assert none is None
     assert torch.equal(plain, visited)
     gradients = [torch.autograd.grad(losses.sum(), logits)[0] for losses in (plain, visited)]
