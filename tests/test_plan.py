@@ -58,7 +58,7 @@ def test_what_is_reckoned_is_what_real_steps_count(ranks, tiny_model, tmp_path, 
         assert own["scoring_gflop"] == pytest.approx(real["scoring_gflop"], rel=1e-9), name
         assert own["scoring_flop_ratio"] == pytest.approx(real["scoring_flop_ratio"], rel=1e-12), name
         elements = "scoring_other_giga_elements"
-        assert own[elements] == pytest.approx(real[elements], rel=0.02), name
+        assert own[elements] == pytest.approx(real[elements], rel=0.02, abs=1e-7), name  # the ledger sums a few, too
         # `ghost` also agrees on two numbers a micro-batch.
         few = 32 if name.startswith("ghost") else 0
         assert 0 <= real["bytes_per_micro_batch"] - own["bytes_per_micro_batch"] <= few, name
@@ -323,7 +323,7 @@ def test_adam_states_reading_is_shared_out(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"influence__scope": "step"}, "set influence.reference to batch or running and influence.scope to micro_step"),
+        ({"influence__scope": "step"}, "set influence.reference to batch or running, influence.scope to micro_step"),
         ({"influence__reference": "validation", "data__reference_files": "x"}, "no forward of its own"),
         ({"data__sequence_length": 65}, "65 is more than the 64 positions"),
         ({"model__name_or_path": "none.json"}, "model.name_or_path"),
