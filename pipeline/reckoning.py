@@ -156,7 +156,7 @@ def micro_batch(model: PreTrainedModel, batch: Batch, estimator: Estimator) -> C
 
 
 def _forward(model: PreTrainedModel, batch: Batch, estimator: Estimator) -> tuple[Tensor, Tensor | None]:
-    with estimator.capture():
+    with estimator.capture(norms=False):
         logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
         return token_losses(logits_BTV, batch.labels_BT, estimator.visit)
 
