@@ -29,7 +29,7 @@ from pipeline.timing import Stopwatch
 
 PLAIN = "plain"
 EXACT = "ghost_exact"
-_MEMORY_ROUNDS = 3
+_MEMORY_ROUNDS = 5
 
 
 class RandomTokens(Samples):
@@ -186,6 +186,7 @@ def _measure(config: Config, configs: dict[str, Config], device: torch.device, r
         "estimators": figures,
         "step_seconds": {name: kind.seconds for name, kind in kinds.items()},
         "cpu_seconds": {name: kind.cpu_seconds for name, kind in kinds.items()},
+        "peak_bytes": {name: kind.peaks for name, kind in kinds.items()},
         "setting": _setting(config, ds_engine, device),
     }
 

@@ -101,7 +101,7 @@ def test_plain_and_scored_steps_see_the_same_tokens(ranks, tiny_model, tmp_path)
     first, second = ranks(seen, config)
     for own in (first, second):
         assert own[0::3] == own[1::3] == own[2::3]
-        assert len({tokens for _, tokens in own[0::3]}) == 7  # one warm-up, two measured, three for memory, one counted
+        assert len({tokens for _, tokens in own[0::3]}) == 9  # one warm-up, two measured, five for memory, one counted
     assert {p for positions, _ in first for p in positions}.isdisjoint(p for positions, _ in second for p in positions)
 
 
