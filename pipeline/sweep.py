@@ -19,7 +19,8 @@ _HEADS = ("num_heads", "n_head", "num_attention_heads")
 
 def sweep(config: Config) -> list[dict[str, Any]]:
     """A row for each size with `benchmark.sweep`'s factors: `tokens` (of a sequence), `layers`, `width`, `vocabulary`,
-    `sketch` (its width G, all widths being scaled alike). Rank 0's; rows at factor 1 are measured once. Collective.
+    `sketch` (its width G, all widths being scaled alike); and one for the number of `ranks`, beside those that earlier
+    sweeps into this RUN_DIR left of other numbers. Rank 0's; rows at factor 1 are measured once. Collective.
 
     Raises ValueError where the model is no config to start from scratch, whose sizes can be changed.
     """
@@ -40,7 +41,14 @@ def sweep(config: Config) -> list[dict[str, Any]]:
             known[key] = measure(replace(point, model=replace(point.model, name_or_path=str(file))))
             gc.collect()  # engines hold themselves in cycles
         rows.append(_row(dimension, size, known[key]))
-    return rows
+    return rows + _of_other_ranks(config, rows[-1])
+
+
+def _of_other_ranks(config: Config, own: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is in sweep.json of the same model, estimator and sketch on other numbers of ranks."""
+    file, alike = Path(config.run_dir, "sweep.json"), ("dimension", "estimator", "parameters", "scoring_gflop")
+    earlier = json.loads(file.read_text()) if file.exists() else []
+    return [row for row in earlier if row["size"] != own["size"] and all(row[key] == own[key] for key in alike)]
 
 
 def _points(config: Config, factors: list[float]) -> Iterator[tuple[str, int, dict[str, Any], Config]]:
@@ -76,6 +84,7 @@ def _points(config: Config, factors: list[float]) -> Iterator[tuple[str, int, di
     for factor in factors if sketch != "none" else []:
         scaled = SketchConfig(**{name: _scaled(width, factor) for name, width in vars(sketch).items()})
         yield "sketch", scaled.gradients, settings, replace(config, influence=replace(influence, sketch=scaled))
+    yield "ranks", collectives.world_size(), settings, config
 
 
 def _scaled(size: int, factor: float) -> int:

@@ -191,6 +191,8 @@ def test_a_sweep_changes_one_size_at_a_time(ranks, tmp_path, capsys):
     config = bench(tmp_path, model, benchmark__sweep="[1,2]", benchmark__pairs=1)
     (_, rows), _ = ranks(run, config)
     assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == rows
+    *rows, two_ranks = rows
+    assert (two_ranks["dimension"], two_ranks["size"]) == ("ranks", 2)
     assert (tmp_path / "run" / "sweep.png").read_bytes().startswith(b"\x89PNG")
     assert [(row["dimension"], row["size"]) for row in rows[::2]] == [
         ("tokens", 16), ("layers", 2), ("width", 16), ("vocabulary", 300), ("sketch", 32)
@@ -204,10 +206,23 @@ def test_a_sweep_changes_one_size_at_a_time(ranks, tmp_path, capsys):
     assert layers["scoring_gflop"] == width["scoring_gflop"] == vocabulary["scoring_gflop"] == base["scoring_gflop"]
     assert sketch["scoring_gflop"] == 4 * base["scoring_gflop"]
     assert base["parameters"] < vocabulary["parameters"] < layers["parameters"] < width["parameters"]
-    print_sweep(rows)
+    print_sweep([*rows, two_ranks])
     shown = capsys.readouterr().out
     assert "vocabulary" in shown
     assert "…" not in shown
+
+
+def test_a_sweep_keeps_what_other_numbers_of_ranks_cost(ranks, tmp_path):
+    """Catches rows of another estimator or of as many ranks that stay."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps({"model_type": "gpt_neo"} | tiny("gpt_neo").config.to_diff_dict()))
+    config = bench(tmp_path, model, benchmark__sweep="[1]", benchmark__pairs=1)
+    (_, rows), _ = ranks(run, config)
+    file = tmp_path / "run" / "sweep.json"
+    two, others = rows[-1], [{"size": 1}, {"size": 4}, {"size": 8, "estimator": "lli"}]
+    file.write_text(json.dumps([two, *(two | other for other in others)]))
+    (_, rows), _ = ranks(run, config)
+    assert [row["size"] for row in rows if row["dimension"] == "ranks"] == [2, 1, 4]
 
 
 @pytest.mark.parametrize(
