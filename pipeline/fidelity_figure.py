@@ -5,6 +5,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from cycler import cycler
 
 from pipeline.comparison import Comparison, widths
 from pipeline.config import Config
@@ -37,8 +38,8 @@ def draw(config: Config, comparisons: Sequence[Comparison], path: Path) -> None:
     picked = np.unique(np.linspace(0, len(checkpoints) - 1, _MOST_SCATTERS).round().astype(int))
     scatters = [c for c in shown if c.name == own and c.checkpoint in {checkpoints[index] for index in picked}]
 
-    figure = plt.figure(figsize=(14, 8), layout="constrained")
-    above, below = figure.subfigures(2, 1, squeeze=False)[:, 0]
+    figure = plt.figure(figsize=(14, 10), layout="constrained")
+    above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3))[:, 0]
     for axes, comparison in zip(above.subplots(1, len(scatters), squeeze=False)[0], scatters, strict=True):
         for scores, values in comparison.pairs:
             axes.scatter(values, scores, s=12)
@@ -51,7 +52,9 @@ def draw(config: Config, comparisons: Sequence[Comparison], path: Path) -> None:
 
     lines, violins = below.subplots(1, 2)
     spreads: list[list[float]] = []
-    lines.set_prop_cycle(color=[plt.get_cmap("tab20")(index) for index in range(20)])
+    lines.set_prop_cycle(
+        cycler(linestyle=["-", "--", ":"]) * cycler(color=[plt.get_cmap("tab10")(index) for index in range(10)])
+    )
     for name in names:
         parts = [c for c in shown if c.name == name]
         lines.plot([c.checkpoint for c in parts], [np.mean(c.correlations) for c in parts], marker="o", label=name)
