@@ -125,7 +125,7 @@ class InfluenceConfig:
     the training forward; step: all micro-batches of the optimizer step, in one more forward before any backward."""
     passes: Literal["one", "score_first"] = "one"
     """one: score inside the training forward. score_first: score in a forward without gradients, then train on what is
-    kept only, shared out evenly among the ranks: faster where much is dropped (from about two fifths on)."""
+    kept only, shared out evenly among the ranks: faster where much is dropped (from about a third on)."""
 
     @property
     def owns_accumulation(self) -> bool:
