@@ -50,9 +50,9 @@ class Step:
     `lai`, `lli`, `residual` and the controls decide between forward and backward, or, with `influence.passes:
     score_first`, in forwards without gradients, after which only what is kept is trained on, shared out anew among the
     ranks. Both ways the gradient is the mean over the step's micro-batches of each one's mean over its kept tokens.
-    `ghost` decides after the backward, and one pass over what
-    is not kept as it is takes it out again; the gradient is the kept tokens' sum over the number of *all* labelled
-    tokens of the step, which is known before: no factor all / kept is applied.
+    `ghost` decides after the backward, and one pass over what is not kept as it is takes it out again; the gradient is
+    the kept tokens' sum over the number of *all* labelled tokens of the step, which is known before: no factor all /
+    kept is applied.
     """
 
     def __init__(

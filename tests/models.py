@@ -58,12 +58,17 @@ def tiny(kind: str) -> torch.nn.Module:
     )
 
 
-def save_tiny(kind: str, directory: Path) -> Path:
-    """The model as a directory to continue from, with larger weights than an initialisation's, so scores differ."""
+def larger(kind: str) -> torch.nn.Module:
+    """The model with larger weights than an initialisation's, so that scores differ."""
     model = tiny(kind)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.mul_(5)
-    model.save_pretrained(directory)
+    return model
+
+
+def save_tiny(kind: str, directory: Path) -> Path:
+    """That model as a directory to continue from."""
+    larger(kind).save_pretrained(directory)
     return directory

@@ -10,7 +10,7 @@ from pipeline.estimator import Estimator
 from pipeline.influence import adam_factors
 from pipeline.loss import IGNORE, token_losses
 from pipeline.timing import Stopwatch
-from tests.models import VOCABULARY, tiny
+from tests.models import VOCABULARY, larger
 
 CPU = torch.device("cpu")
 SAMPLES, TOKENS = 4, 10
@@ -21,15 +21,6 @@ def _double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
-
-
-def model_of(kind: str):
-    model = tiny(kind).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model
 
 
 def batch_of(seed: int = 0, samples: int = SAMPLES) -> Batch:
@@ -86,19 +77,19 @@ def inner_products(gradients: list[dict[str, Tensor]], scales: dict[str, Tensor]
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama", "llama_tied"])
 def test_exact_ghost_is_the_inner_product_of_true_gradients(kind, include_self):
     """Catches a tied embedding without both its parts added first, a transposed Conv1D, and a missing layer."""
-    model, batch = model_of(kind), batch_of()
+    model, batch = larger(kind).double(), batch_of()
     expected = inner_products(per_sample_gradients(model, batch), {}, include_self)
     assert agree(scores(model, batch, sketch="none", include_self=include_self), expected)
 
 
 def test_what_multiplies_the_loss_does_not_change_a_score():
     """Catches scores that depend on world size, accumulation or a loss scale."""
-    model, batch = model_of("gpt_neo"), batch_of()
+    model, batch = larger("gpt_neo").double(), batch_of()
     assert agree(scores(model, batch, sketch="none"), scores(model, batch, 1 / 384, sketch="none"))
 
 
 def test_activation_checkpointing_records_each_layer_once():
-    model, batch = model_of("llama"), batch_of()
+    model, batch = larger("llama").double(), batch_of()
     expected = scores(model, batch, sketch="none")
     model.gradient_checkpointing_enable({"use_reentrant": False})
     assert torch.allclose(scores(model.train(), batch, sketch="none"), expected, rtol=1e-9)
@@ -107,7 +98,7 @@ def test_activation_checkpointing_records_each_layer_once():
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama"])
 def test_adam_state_scales_rows_and_columns_of_the_gradient(kind):
     """Catches swapped rows and columns, and the wrong power."""
-    model, batch = model_of(kind), batch_of()
+    model, batch = larger(kind).double(), batch_of()
     second = {name: torch.rand_like(p) ** 4 for name, p in model.named_parameters() if p.dim() == 2}
     means = {name: (v.mean(1), v.mean(0)) for name, v in second.items()}
     outer = {name: (rows[:, None] * columns[None, :] / rows.mean()) ** -0.25 for name, (rows, columns) in means.items()}
@@ -120,7 +111,7 @@ def test_adam_state_scales_rows_and_columns_of_the_gradient(kind):
 @pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
 def test_sketched_ghost_is_unbiased(kind):
     """Over seeds, the mean comes close to the exact score. Catches places or signs that head and body share."""
-    model, batch = model_of(kind), batch_of()
+    model, batch = larger(kind).double(), batch_of()
     exact = scores(model, batch, sketch="none", include_self=False)
     drawn = []
     for seed in range(40):
@@ -140,7 +131,7 @@ def test_sketched_ghost_is_unbiased(kind):
 
 
 def test_nothing_is_left_on_the_model():
-    model, batch = model_of("llama"), batch_of()
+    model, batch = larger("llama").double(), batch_of()
     before = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
     scores(model, batch)
     assert before == [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules()]
@@ -163,7 +154,7 @@ def test_rows_that_were_never_used_have_finite_factors_and_no_state_scales_nothi
 
 def test_backward_to_inputs_gives_the_same_moments_and_no_weight_a_gradient():
     """What a validation set's moment is made of."""
-    model, batch = model_of("llama_tied"), batch_of()
+    model, batch = larger("llama_tied").double(), batch_of()
     config = InfluenceConfig(estimator="ghost", sketch="none")
     found = []
     for to_inputs in (False, True):

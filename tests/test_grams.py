@@ -9,7 +9,7 @@ from pipeline.grams import partial_backward_gram
 from pipeline.influence import adam_factors
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import blocks, head_layer, linear_layers
-from tests.models import VOCABULARY, tiny
+from tests.models import VOCABULARY, larger
 
 SAMPLES, TOKENS = 3, 9
 KINDS = ["gpt_neo", "gpt2", "llama", "llama_tied"]
@@ -22,15 +22,6 @@ def batch() -> Batch:
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = ids[:, 1:]
     return Batch(ids, labels, [Unit(i, i, (i * TOKENS, (i + 1) * TOKENS), [i], "-") for i in range(SAMPLES)])
-
-
-def model_of(kind: str):
-    model = tiny(kind).double()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(5)
-    return model
 
 
 def sample_losses(model, batch: Batch):
@@ -55,7 +46,7 @@ def close(got: Tensor, expected: Tensor) -> bool:
 @pytest.mark.parametrize("kind", KINDS)
 def test_through_all_blocks_it_is_the_inner_product_of_true_gradients(batch, kind, adam):
     """Catches a tied weight counted twice and Conv1D's transposed factors."""
-    model = model_of(kind)
+    model = larger(kind).double()
     matrices = {name: p for name, p in model.named_parameters() if p.dim() == 2 and not name.endswith("wpe.weight")}
     means, scales = None, dict.fromkeys(matrices, 1.0)
     if adam:
@@ -78,7 +69,7 @@ def test_through_all_blocks_it_is_the_inner_product_of_true_gradients(batch, kin
 def test_through_the_last_block_alone_the_others_get_what_leaves_it(batch, kind):
     """Of two blocks: exact in the last, the head and the word embedding; the first's layers with the gradient between.
     Catches the gradient at the last block's output, and one at the embedding that skips the first block."""
-    model = model_of(kind)
+    model = larger(kind).double()
     layers, (head, _), words = linear_layers(model), head_layer(model), model.get_input_embeddings()
     first = {name for name, layer in layers.items() if any(layer is m for m in blocks(model)[0].modules())}
     exact = [layers[name].weight for name in layers if name not in first]
