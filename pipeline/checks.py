@@ -148,17 +148,12 @@ def _check_influence(config: "Config") -> None:
             f"precondition '{influence.precondition}' puts layers on scales of its own; set one of the two to none"
         )
     optimizer, stage = settings["optimizer"].get("type", ""), settings.get("zero_optimization", {}).get("stage", 0)
-    low = [key for key in ("bf16", "fp16") if settings.get(key, {}).get("enabled")]
     reads = {"influence.precondition": "adam_state", "influence.layer_weights": "gains"}
     reading = [f"{key} '{value}'" for key, value in reads.items() if getattr(influence, key.split(".")[1]) == value]
     if reading and optimizer.lower() not in ("adam", "adamw"):
         raise ValueError(
             f"{reading[0]} reads Adam's second moments; {config.deepspeed_config} has optimizer "
             f"'{optimizer}'. Choose Adam or AdamW there, or another value"
-        )
-    if reading and stage == 0 and low:
-        raise ValueError(
-            f"{reading[0]} is not built for ZeRO 0 in {low[0]}: set a stage of 1 to 3 in {config.deepspeed_config}"
         )
     if influence.reference == "validation" and config.data.reference_files is None:
         raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")

@@ -202,8 +202,7 @@ def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
     """Adam's state in a checkpoint of any ZeRO stage and world size, on the CPU; None under another optimizer.
 
     {parameter: {"exp_avg", "exp_avg_sq": in the parameter's shape, "step": updates so far}}. From ZeRO 1 on DeepSpeed
-    converts a copy inside of `checkpoint`, removed afterwards. Raises ValueError where that fails, or where the
-    moments lie in a form of fp16's own.
+    converts a copy inside of `checkpoint`, removed afterwards. Raises ValueError where that fails.
 
     DeepSpeed unpickles checkpoints in full: load only what you trust.
     """
@@ -212,13 +211,16 @@ def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
         return None
     shapes: dict[str, list[int]] = saved["parameters"]
     optimizer = _saved_optimizer(checkpoint)
-    if not list(checkpoint.glob("*optim_states.pt")):
-        if "state" not in optimizer:
-            raise ValueError(f"{checkpoint}: the moments of fp16 at ZeRO 0 cannot be read; use ZeRO 1 to 3")
-        step = _updates(optimizer)
-        moments = {name: optimizer["state"][index] for index, name in enumerate(shapes)}
-        return {name: {key: state[key] for key in MOMENTS} | {"step": step} for name, state in moments.items()}
     step = _updates(optimizer)
+    if not list(checkpoint.glob("*optim_states.pt")):
+        sizes = [math.prod(shape) for shape in shapes.values()]
+        # In the parameters' order: one state for each, or (bf16 and fp16) one flat state for all.
+        flat = {key: torch.cat([state[key].flatten() for state in optimizer["state"].values()]) for key in MOMENTS}
+        parts = {key: dict(zip(shapes, whole.split(sizes), strict=True)) for key, whole in flat.items()}
+        return {
+            name: {key: parts[key][name].view(shape) for key in MOMENTS} | {"step": step}
+            for name, shape in shapes.items()
+        }
     converted, trouble = _convert(checkpoint)
     if converted is None:
         raise ValueError(f"{checkpoint}: Adam's moments could not be put together: {trouble}")
@@ -236,17 +238,16 @@ def checkpoint_learning_rate(checkpoint: Path) -> float:
 
     DeepSpeed unpickles checkpoints in full: load only what you trust.
     """
-    optimizer = _saved_optimizer(checkpoint)
-    return float(optimizer.get("optimizer_state_dict", optimizer)["param_groups"][0]["lr"])
+    return float(_saved_optimizer(checkpoint)["param_groups"][0]["lr"])
 
 
 def _saved_optimizer(checkpoint: Path) -> dict[str, Any]:
-    """What the optimizer itself saved (fp16 at ZeRO 0: with DeepSpeed's own around it); from ZeRO 1 on rank 0's
-    part."""
+    """What the optimizer itself saved; from ZeRO 1 on rank 0's part."""
     parts = sorted(checkpoint.glob("*optim_states.pt"))
     if not parts:
         whole = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return whole["optimizer"]
+        saved = whole["optimizer"]
+        return saved.get("optimizer_state_dict", saved)  # around it in bf16 and fp16: DeepSpeed's own
     zero = torch.load(parts[0], map_location="cpu", weights_only=False)["optimizer_state_dict"]
     return zero["base_optimizer_state"] if "base_optimizer_state" in zero else zero["optimizer_state_dict"]
 
@@ -336,16 +337,34 @@ def _own_second_moment(engine: DeepSpeedEngine, parameter: Any) -> tuple[int, Te
         values = parameter._z3_optimizer.get_local_fp32_param(parameter, "exp_avg_sq")
         start = min(collectives.rank() * len(values), parameter.ds_numel)
         return start, values[: parameter.ds_numel - start]  # the last partition is padded
-    if not hasattr(parameter, "_hp_mapping"):
-        return 0, engine.basic_optimizer.state[parameter]["exp_avg_sq"].flatten()
+    if not hasattr(parameter, "_hp_mapping"):  # ZeRO 0
+        return 0, _unpartitioned_second_moment(engine, parameter)
     mapping = parameter._hp_mapping
     if mapping is None:
         return 0, torch.zeros(0, device=device())
-    # Not through the mapping's own copy of the state, which is of the last step, not of a checkpoint just loaded.
-    group = engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+    # Not through the mapping's own copy of the state, which is of the last step, not of a checkpoint just loaded. Each
+    # group is one flat tensor to the optimizer inside: this rank's part of it.
+    (part,) = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
     where = mapping.hp_fragment_address
-    values = engine.basic_optimizer.state[group]["exp_avg_sq"].narrow(0, where.start, where.numel)
+    values = engine.basic_optimizer.state[part]["exp_avg_sq"].narrow(0, where.start, where.numel)
     return mapping.lp_fragment_address.start, values.to(device())
+
+
+def _unpartitioned_second_moment(engine: DeepSpeedEngine, parameter: Any) -> Tensor:
+    """At ZeRO 0, flattened: every rank has it. Of bf16 and fp16 the optimizer inside sees copies in float32: one flat
+    tensor for each group, or (torch_adam) one for each parameter."""
+    state = engine.basic_optimizer.state
+    if parameter in state:
+        return state[parameter]["exp_avg_sq"].flatten()
+    for low, group in zip(engine.optimizer.fp16_groups, engine.basic_optimizer.param_groups, strict=True):
+        index = next((i for i, member in enumerate(low) if member is parameter), None)
+        if index is not None and len(group["params"]) == len(low) > 1:
+            return state[group["params"][index]]["exp_avg_sq"].flatten()
+        if index is not None:
+            (whole,) = group["params"]
+            start = sum(member.numel() for member in low[:index])
+            return state[whole]["exp_avg_sq"].narrow(0, start, parameter.numel())
+    raise AssertionError("a parameter that the optimizer does not know")
 
 
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:

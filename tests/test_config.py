@@ -30,7 +30,6 @@ def parsed(options, **overrides) -> Config:
 @pytest.mark.parametrize(
     ("stage", "settings", "overrides", "message"),
     [
-        (0, {"bf16": {"enabled": True}}, {"influence__precondition": "adam_state"}, "not built for ZeRO 0 in bf16"),
         (
             1,
             {"zero_optimization": {"stage": 1, "overlap_comm": True}},
