@@ -37,7 +37,7 @@ FIDELITY_ESTIMATORS = (
 LAYER_WEIGHTS = {"inverse_norm": ("lai", "residual"), "gains": ("lai",)}
 """And the estimators that each is for."""
 EXACT = "exact"
-FIDELITY_REFERENCES = (EXACT, "ip", "ip_adam", "shapley_sgd", "shapley_adam")
+FIDELITY_REFERENCES = (EXACT, "ip", "ip_adam", "shapley_sgd", "shapley_adam", "shapley_adam_limit")
 
 _NOT_FOR_TRAINING = {
     "influence.estimator": {"ip": "takes a backward a sample: pipeline.fidelity measures the others against it"},

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from pipeline import collectives
 from pipeline.checkpoint import identity_of, not_written
+from pipeline.influence import SecondMoments
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -298,15 +299,15 @@ def take_step(engine: DeepSpeedEngine) -> float | None:
     return norm if managed or not plain else None
 
 
-def second_moments(engine: DeepSpeedEngine) -> dict[str, tuple[Tensor, Tensor]]:
-    """Row means and column means, as torch stores it, of Adam's second moment of every weight matrix, by its name:
-    v / (1 - beta2^updates). Empty before the first update. Collective: one all-reduce of all rows and columns.
+def second_moments(engine: DeepSpeedEngine) -> SecondMoments | None:
+    """What Adam's second moments are now; None before the first update. Collective: one all-reduce of all rows and
+    columns.
 
     Each rank adds up its own slice of every matrix; what several ranks hold (ZeRO 0) counts once.
     """
     updates = engine.global_steps - engine.skipped_steps
     if updates == 0:
-        return {}
+        return None
     matrices = {name: p for name, p in engine.module.named_parameters() if getattr(p, "ds_shape", p.shape).numel()}
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in matrices.items()}
     shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
@@ -328,7 +329,7 @@ def second_moments(engine: DeepSpeedEngine) -> dict[str, tuple[Tensor, Tensor]]:
         row_sums, column_sums, held = next(summed), next(summed), next(summed)
         times = held / (rows * columns) * (1 - betas[1] ** updates)
         means[name] = (row_sums / columns / times, column_sums / rows / times)
-    return means
+    return SecondMoments(means, betas[1], updates)
 
 
 def _own_second_moment(engine: DeepSpeedEngine, parameter: Any) -> tuple[int, Tensor]:

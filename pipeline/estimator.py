@@ -13,10 +13,11 @@ from pipeline import collectives
 from pipeline.capture import LayerInputs
 from pipeline.config import InfluenceConfig
 from pipeline.data import Batch, Scored, Unit
-from pipeline.gradients import LayerGradients, Means
+from pipeline.gradients import LayerGradients
 from pipeline.influence import (
     CountSketch,
     RunningMean,
+    SecondMoments,
     SquaredGradient,
     adam_factors,
     influence_scores,
@@ -28,6 +29,9 @@ from pipeline.loss import IGNORE, Visitor
 from pipeline.model import head_layer, is_conv1d, linear_layers
 from pipeline.residual import ResidualMoments
 from pipeline.timing import Stopwatch
+
+_Pending = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+"""Moments (or, where there are none, scores) of a micro-batch's units, their saturation, positions, losses, tokens."""
 
 
 class Estimator:
@@ -49,9 +53,10 @@ class Estimator:
         self._layer_weights: LayerWeights | None = None
         self._sketch: CountSketch | None = None
         self._scale_V: Tensor | None = None
-        self._means: Means = {}
+        self._step_tokens: float | None = None
+        self._second: SecondMoments | None = None
         self._held: dict[str, Tensor] = {}
-        self._pending: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        self._pending: list[_Pending] = []
         self._moments = config.estimator not in ("none", "loss", "random")
         self.needs_backward = config.estimator == "ghost"
         reads = config.precondition == "adam_state" or config.layer_weights == "gains"
@@ -112,23 +117,23 @@ class Estimator:
     @property
     def preconditioned(self) -> bool:
         """Whether `precondition` was ever called."""
-        return bool(self._means)
+        return self._second is not None
 
-    def precondition(self, means: Means) -> None:
+    def precondition(self, second: SecondMoments) -> None:
         """`adam_state`: score in the geometry of these second moments of the optimizer until the next call. (`gains`:
         weigh layers by them.)
 
-        `ghost` scales every layer's input and output gradient (`influence.adam_factors`); `lai` and `lli` scale inputs
-        by the column factors of their own layer and the logit gradient by the head's row factors; `residual`:
-        `ResidualMoments.precondition`.
+        `ghost` scales every layer's input and output gradient (`influence.adam_factors`), and takes from a unit's own
+        term what Adam's step takes (`influence.saturation`); `lai` and `lli` scale inputs by the column factors of
+        their own layer and the logit gradient by the head's row factors; `residual`: `ResidualMoments.precondition`.
         """
-        self._means = means
+        self._second, means = second, second.means
         if self._layer_weights:
             self._layer_weights.learn({layer: means[name] for layer, (name, _) in self._weights.items()})
         elif self._residual:
             self._residual.precondition(means)
         elif self._gradients:
-            self._gradients.precondition(means)
+            self._gradients.precondition(second)
             self._scale_V = self._gradients.logit_scale()
         elif self._inputs:
             for layer, (name, conv1d) in self._weights.items():
@@ -137,8 +142,10 @@ class Estimator:
                 if layer == self._head:
                     self._scale_V = output_scale
 
-    def watch(self, batch: Batch, losses_BT: Tensor) -> None:
-        """Before a backward that is to be scored, with the losses that it starts from."""
+    def watch(self, batch: Batch, losses_BT: Tensor, step_tokens: float | None) -> None:
+        """Before a backward that is to be scored, with the losses that it starts from. `step_tokens`: all labelled
+        tokens of the optimizer step that it is part of; None where it only gives a reference."""
+        self._step_tokens = step_tokens
         if self._gradients:
             self._gradients.watch(losses_BT, [unit.span for unit in batch.units])
 
@@ -152,6 +159,7 @@ class Estimator:
         """Take in one micro-batch of this rank. Its moments are kept: 4 bytes a number, K G numbers a unit."""
         losses_U, tokens_U = batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)
         finite_U = batch.whole_rows(losses_U.isfinite())
+        saturation_U = torch.zeros_like(losses_U)
         if not self._moments:
             basis = self._control_scores(batch.units, losses_U, tokens_U)
         else:
@@ -161,6 +169,8 @@ class Estimator:
                 if self._layer_weights:
                     self._layer_weights.add(tokens_U.sum())
                 if self._gradients:
+                    if self._step_tokens and self._config.include_self:
+                        saturation_U = self._gradients.own_saturation(batch.labels_BT, losses_BT, self._step_tokens)
                     basis = self._gradients.take_moments(feedback_NG)
                 elif self._residual:
                     basis = self._residual.take_moments(feedback_NG, spans)
@@ -171,7 +181,8 @@ class Estimator:
                 finite_U = batch.whole_rows(finite_U & basis.sum(1).isfinite())
                 # One sample that is not finite must not make all scores so.
                 basis = basis.where(finite_U[:, None], 0.0)
-        self._pending.append((basis, batch.positions_U, losses_U.where(finite_U, torch.nan), tokens_U))
+                saturation_U = saturation_U.where(finite_U, 0.0)
+        self._pending.append((basis, saturation_U, batch.positions_U, losses_U.where(finite_U, torch.nan), tokens_U))
 
     @torch.no_grad()
     def scores(self) -> list[Scored]:
@@ -185,16 +196,17 @@ class Estimator:
         """
         pending, self._pending = self._pending, []
         if not self._moments:
-            return [Scored(positions_U, scores_U, scores_U, *rest) for scores_U, positions_U, *rest in pending]
+            return [Scored(positions_U, scores_U, scores_U, *rest) for scores_U, _, positions_U, *rest in pending]
         micro = self._references(pending)
         with self._timed("scores"):
-            together, own = self._reference(micro)
+            together, share = self._reference(micro)
+            kept, removed = (share, 0.0) if self._config.include_self else (0.0, share)
             scored = []
-            for (moments_UM, positions_U, *rest), micro_M in zip(pending, micro, strict=True):
-                scores_U = influence_scores(moments_UM, together, own)
+            for (moments_UM, saturation_U, positions_U, *rest), micro_M in zip(pending, micro, strict=True):
+                scores_U = influence_scores(moments_UM, together, removed) - kept * saturation_U
                 micro_U = scores_U
                 if self._config.reference == "batch" and len(micro) > 1:
-                    micro_U = influence_scores(moments_UM, micro_M, own)
+                    micro_U = influence_scores(moments_UM, micro_M, removed) - kept * saturation_U
                 scored.append(Scored(positions_U, scores_U, micro_U, *rest))
             return scored
 
@@ -227,7 +239,7 @@ class Estimator:
         found = (self._squared, self._layer_weights and self._layer_weights.squares)
         return [mean for mean in found if mean]
 
-    def _references(self, pending: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> list[Tensor]:
+    def _references(self, pending: list[_Pending]) -> list[Tensor]:
         """The moment of each micro-batch, on all ranks together. Collective."""
         with self._timed("scores"):
             local = [moments_UM.sum(0) for moments_UM, *_ in pending]
@@ -251,7 +263,7 @@ class Estimator:
             self._layer_weights.weigh()
 
     def _reference(self, micro: list[Tensor]) -> tuple[Tensor, float]:
-        """The moment that scores are against, and how much of a unit's own is to be taken out of it."""
+        """The moment that scores are against, and how much of a unit's own is in it."""
         if self._config.reference == "validation":
             return self._held["validation"], 0.0
         reference = torch.stack(micro).sum(0) if len(micro) > 1 else micro[0]
@@ -264,7 +276,7 @@ class Estimator:
             if "running" in self._held:
                 reference = self._held["running"].lerp(reference, share)
             self._held |= {"running": reference, "count": count}
-        return reference, 0.0 if self._config.include_self else share
+        return reference, share
 
     def _control_scores(self, units: list[Unit], losses_U: Tensor, tokens_U: Tensor) -> Tensor:
         if self._config.estimator == "loss":
@@ -279,8 +291,10 @@ class Estimator:
         state: dict[str, Any] = {
             "config": repr(self._config),
             "held": {name: tensor.cpu() for name, tensor in self._held.items()},
-            "means": {name: (rows.cpu(), columns.cpu()) for name, (rows, columns) in self._means.items()},
         }
+        if self._second:
+            means = {name: (rows.cpu(), columns.cpu()) for name, (rows, columns) in self._second.means.items()}
+            state["second_moments"] = means, self._second.beta, self._second.updates
         return state | {"running": [(mean.raw_C.cpu(), mean.updates) for mean in self._running_means()]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -288,9 +302,10 @@ class Estimator:
         if state.get("config") != repr(self._config):
             return
         self._held = {name: tensor.to(self._device) for name, tensor in state["held"].items()}
-        if state["means"]:
-            move = {name: [side.to(self._device) for side in sides] for name, sides in state["means"].items()}
-            self.precondition({name: (rows, columns) for name, (rows, columns) in move.items()})
+        if "second_moments" in state:
+            means, *decay = state["second_moments"]
+            move = {name: (rows.to(self._device), columns.to(self._device)) for name, (rows, columns) in means.items()}
+            self.precondition(SecondMoments(move, *decay))
         for mean, saved in zip(self._running_means(), state["running"], strict=True):
             mean.load(*saved)
         self._go_by_means()

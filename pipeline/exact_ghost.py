@@ -63,7 +63,7 @@ class ExactGhost(Estimator):
                 input_BTD, gradients = self._kept.pop()
                 scores_B += inner_products(input_BTD, gradients[0].to(input_BTD.dtype))
         losses_B, tokens_B = batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)
-        self._pending.append((scores_B, batch.positions_U, losses_B, tokens_B))
+        self._pending.append((scores_B, torch.zeros_like(losses_B), batch.positions_U, losses_B, tokens_B))
 
 
 def inner_products(input_BTD: Tensor, gradient_BTO: Tensor) -> Tensor:

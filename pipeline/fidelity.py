@@ -33,12 +33,14 @@ from pipeline.estimator import Estimator
 from pipeline.evaluate import load_weights
 from pipeline.fidelity_figure import draw
 from pipeline.grams import flattened_grams, partial_backward_gram
-from pipeline.loss import token_losses
+from pipeline.influence import SecondMoments
+from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
 from pipeline.prepare import ensure_prepared, load_split
 from pipeline.shapley import (
     SGD,
     Adam,
+    FirstOrderEffect,
     StepEffect,
     inner_products,
     permutation_shapley,
@@ -70,20 +72,21 @@ def scores_of(estimator: Estimator, model: nn.Module, batch: Batch) -> Tensor:
             logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
             losses_BT, feedback = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
         if estimator.needs_backward:
-            estimator.watch(batch, losses_BT)
+            estimator.watch(batch, losses_BT, float((batch.labels_BT != IGNORE).sum()))
             estimator.backward_to_inputs(losses_BT)
     estimator.add(batch, losses_BT.detach(), feedback)
     return estimator.scores()[0].scores_U.double().cpu()
 
 
-def row_and_column_means(moments: Moments, beta: float, device: torch.device) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of each matrix's bias-corrected second moment: the mean of every row (over its columns) and of every column."""
+def second_moments(moments: Moments, beta: float, device: torch.device) -> SecondMoments:
+    """As `engine.second_moments` has them: the mean of every row (over its columns) and of every column."""
+    updates = int(next(iter(moments.values()))["step"])
     means = {}
     for name, state in moments.items():
         if state["exp_avg_sq"].dim() == 2:
-            square = state["exp_avg_sq"].to(device).float() / (1 - beta ** int(state["step"]))
+            square = state["exp_avg_sq"].to(device).float() / (1 - beta**updates)
             means[name] = (square.mean(1), square.mean(0))
-    return means
+    return SecondMoments(means, beta, updates)
 
 
 # References
@@ -96,6 +99,11 @@ def reference_values(
     values: Values = {}
     details: dict[str, Any] = {}
     gradients_BP = sample_gradients(model, batch)
+    games = {
+        "shapley_sgd": (StepEffect, SGD(learning_rate)),
+        "shapley_adam": (StepEffect, adam),
+        "shapley_adam_limit": (FirstOrderEffect, adam),
+    }
     for name in config.fidelity.references:
         if name == EXACT:
             continue  # not of the samples, but of the other form of an estimator
@@ -105,13 +113,13 @@ def reference_values(
             if adam is None or adam.step == 0:
                 continue  # Adam has no geometry before its first update
             effects = inner_products(gradients_BP, adam.denominator_P).cpu()
-        elif index >= config.fidelity.shapley_batches or (name == "shapley_adam" and adam is None):
-            continue
         else:
+            game, rule = games[name]
+            if rule is None or (game is StepEffect and index >= config.fidelity.shapley_batches):
+                continue
             started = time.perf_counter()
-            rule = adam if name == "shapley_adam" and adam else SGD(learning_rate)
             estimate = permutation_shapley(
-                StepEffect(model, batch, gradients_BP, rule),
+                game(model, batch, gradients_BP, rule),
                 len(gradients_BP),
                 config.seed,
                 config.fidelity.permutations,
@@ -237,7 +245,7 @@ def _all_scores(
 ) -> Iterator[tuple[tuple[str, str, str], bool, list[Tensor]]]:
     """(estimator, precondition, sketch), whether the own term is in, and the scores of every measured batch."""
     measured = batches[_WARM_UP_BATCHES:]
-    means = row_and_column_means(moments, adam.betas[1], device) if moments and adam else None
+    second = second_moments(moments, adam.betas[1], device) if moments and adam else None
     matrices: dict[str, list[Tensor]] = defaultdict(list)
     if set(config.fidelity.estimators) & set(_COMPARISON_ONLY):
         for batch in measured:
@@ -247,12 +255,11 @@ def _all_scores(
     for entry in config.fidelity.estimators:
         name, _, form = entry.partition("/")
         weights, precondition = (form, "none") if form in LAYER_WEIGHTS else ("none", form or "none")
-        if form in ("adam_state", "gains") and means is None:
+        if form in ("adam_state", "gains") and second is None:
             continue  # no optimizer state to go by
         if name in _LAST_BLOCKS:
-            grams = [
-                partial_backward_gram(model, batch, _LAST_BLOCKS[name], means if form else None) for batch in measured
-            ]
+            means = second.means if second and form else None
+            grams = [partial_backward_gram(model, batch, _LAST_BLOCKS[name], means) for batch in measured]
             for own in _OWN_TERMS:
                 yield (name, precondition, "none"), own, [row_sums(gram.double().cpu(), own) for gram in grams]
             continue
@@ -263,8 +270,8 @@ def _all_scores(
                 continue
             for influence in _forms(config, name, precondition, weights, own):
                 estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
-                if estimator.needs_second_moments and means:
-                    estimator.precondition(means)
+                if estimator.needs_second_moments and second:
+                    estimator.precondition(second)
                 for batch in batches[:_WARM_UP_BATCHES] if form in _WARMED_UP else []:
                     scores_of(estimator, model, batch)
                 scores = [scores_of(estimator, model, batch) for batch in measured]

@@ -1,5 +1,6 @@
 """Moments of true gradients, layer by layer, out of the training's own backward. Hooks live as long as a forward."""
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,11 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.influence import CountSketch, Span, adam_factors, seed_of
+from pipeline.influence import CountSketch, SecondMoments, Span, adam_factors, saturation, seed_of
+from pipeline.loss import IGNORE
 from pipeline.model import is_conv1d
-
-Means = Mapping[str, tuple[Tensor, Tensor]]
-"""Row means and column means of the optimizer's second moments, bias-corrected, by the name of a weight matrix."""
 
 
 @dataclass
@@ -23,6 +22,8 @@ class Weight:
 
     transposed: bool
     """Stored as (O, D), as all but GPT-2's Conv1D are."""
+    dim: int
+    """D."""
     shape: tuple[int, int]
     """Of a unit's gradient as it is kept."""
     place: slice | Tensor
@@ -76,6 +77,7 @@ class LayerGradients:
     ) -> None:
         self._timed, self._head = timed, head
         self._layers = layers
+        self._newest = 0.0
         words = model.get_input_embeddings()
         self._embeddings = {name: module for name, module in model.named_modules() if module is words}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -92,7 +94,7 @@ class LayerGradients:
                 continue
             if widths is None:
                 place = slice(self.size, self.size + inputs * outputs)
-                self._weights[name] = Weight(transposed, (inputs, outputs), place)
+                self._weights[name] = Weight(transposed, inputs, (inputs, outputs), place)
                 self.size = place.stop
                 continue
             wide = module in self._embeddings or module == head
@@ -100,16 +102,17 @@ class LayerGradients:
             generator = torch.Generator().manual_seed(seed_of(seed, f"{name}/place"))
             index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]].clone()  # not the rest
             signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
-            self._weights[name] = Weight(transposed, shape, index.to(device), signs.to(device))
+            self._weights[name] = Weight(transposed, inputs, shape, index.to(device), signs.to(device))
             if shape[0] < inputs:
                 self._weights[name].inputs = CountSketch(inputs, shape[0], seed_of(seed, f"{name}/inputs"), device)
             if shape[1] < outputs:
                 self._weights[name].outputs = CountSketch(outputs, shape[1], seed_of(seed, f"{name}/outputs"), device)
 
-    def precondition(self, means: Means) -> None:
-        """Score in Adam's geometry from now on: see `influence.adam_factors`."""
+    def precondition(self, moments: SecondMoments) -> None:
+        """Score in Adam's geometry from now on: see `influence.adam_factors`, and `own_saturation`."""
+        self._newest = moments.newest
         for name, weight in self._weights.items():
-            rows, columns = means[name] if weight.transposed else reversed(means[name])
+            rows, columns = moments.means[name] if weight.transposed else reversed(moments.means[name])
             weight.output_scale_O, weight.input_scale_D = adam_factors(rows, columns)
 
     def logit_scale(self) -> Tensor | None:
@@ -151,6 +154,41 @@ class LayerGradients:
         self._head_keys = None
         return moments
 
+    def own_saturation(self, labels_BT: Tensor, losses_BT: Tensor, tokens: float) -> Tensor:
+        """What `influence.saturation` leaves out of each unit's own term, (U,); 0 before the first `precondition`. To
+        be asked between the backward and `take_moments`.
+
+        Of the rows of the words that a unit reads or is to predict, in the word embedding and in the head (of their sum
+        where it is one weight). The head's row is taken to have its gradient at the word's own labels alone, where the
+        logit gradient is exp(-loss) - 1. `tokens`: all labelled tokens of the optimizer step.
+        """
+        saturation_U = losses_BT.new_zeros(len(self._spans))
+        if not self._newest:
+            return saturation_U
+        assert self._head_keys is not None
+        lengths = [stop - start for start, stop in self._spans]
+        units_N = torch.cat([labels_BT.new_full((length,), unit) for unit, length in enumerate(lengths)])
+        labelled_N = labels_BT.flatten() != IGNORE
+        labels_N = labels_BT.flatten().where(labelled_N, 0)
+        feedback_N = torch.expm1(-losses_BT.flatten()).where(labelled_N, 0.0)
+        parts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
+        parts[self._name[self._head]].append((labels_N, self._head_keys * feedback_N[:, None]))
+        for module in self._embeddings:
+            parts[self._name[module]].append(self._embedded_keys)
+        for name, pairs in parts.items():
+            scale_V = self._weights[name].output_scale_O
+            assert scale_V is not None
+            words_M, keys_MK = (torch.cat(several) for several in zip(*pairs, strict=True))
+            units_M = units_N.repeat(len(pairs))
+            # Any one of a word's positions in a unit stands for its row.
+            places_M, stands = units_M * len(scale_V) + words_M, words_M.new_zeros(len(self._spans) * len(scale_V))
+            stands[places_M] = torch.arange(len(places_M), device=places_M.device)
+            rows_MK = torch.zeros_like(keys_MK).index_add_(0, stands[places_M], keys_MK)
+            squares_M = rows_MK.square().sum(1) * scale_V[words_M] ** 2
+            taken_M = saturation(squares_M, scale_V[words_M], self._weights[name].dim, tokens, self._newest)
+            saturation_U.index_add_(0, units_M, taken_M.to(saturation_U.dtype))
+        return saturation_U
+
     @torch.no_grad()
     def _passed(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         with self._timed():
@@ -183,6 +221,7 @@ class LayerGradients:
                 self._add(moments, self._name[name], kept, weight.feedback(gradient_NO) / factor)
                 return
             keys_NK = _sketched(weight.inputs, gradient_NO, weight.input_scale_D) / factor
+            self._embedded_keys = kept, keys_NK
             columns_N, signs_N = weight.outputs.of(kept) if weight.outputs else (kept, None)
             scale_N = weight.output_scale_O[kept] if weight.output_scale_O is not None else None
             for scale in (signs_N, scale_N):

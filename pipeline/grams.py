@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.data import Batch
-from pipeline.gradients import Means
-from pipeline.influence import adam_factors
+from pipeline.influence import Means, adam_factors
 from pipeline.loss import token_losses
 from pipeline.model import blocks, head_layer, is_conv1d, linear_layers
 

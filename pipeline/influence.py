@@ -11,6 +11,8 @@ products: linear in tokens, no token-pair matrix, and one (K, G) matrix to sum o
 """
 
 import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -61,6 +63,43 @@ def adam_factors(rows_O: Tensor, columns_D: Tensor) -> tuple[Tensor, Tensor]:
 
 
 _NEVER_USED = 1e-6
+
+
+Means = Mapping[str, tuple[Tensor, Tensor]]
+"""Row means and column means, as torch stores it, of the second moment of every weight matrix, by its name."""
+
+
+@dataclass(frozen=True)
+class SecondMoments:
+    """Adam's after some updates, bias-corrected: v / (1 - beta^updates)."""
+
+    means: Means
+    beta: float
+    updates: int
+
+    @property
+    def newest(self) -> float:
+        """Share of the coming update's squared gradient in its own second moment: (1 - b2) / (1 - b2^(updates + 1))."""
+        return (1 - self.beta) / (1 - self.beta ** (self.updates + 1))
+
+
+def saturation(squares_R: Tensor, row_scale_R: Tensor, columns: int, tokens: float, newest: float) -> Tensor:
+    """What Adam's coming step leaves out of the own terms of single rows of a weight; shape (R,), 0 or more but for a
+    few percent.
+
+    Adam divides by the second moment *after* the update, v' = (1 - a) v + a g^2 with a = `newest`. For most weights
+    that is v. But the row of a word that is hardly ever read has next to no v, and the sample that reads it makes its
+    own g^2 most of v': however large its gradient, Adam's step there is bounded, and an own term of g^2 / sqrt(v) is
+    not. With q = `squares_R` the squared norm of a row's gradient of summed losses in the geometry of `adam_factors`,
+    s = `row_scale_R` = r^(-1/4) of it, and `tokens` to divide by before Adam sees it, the row's own term is to be
+
+        q sqrt(r / r') = q (1 - a + a q s^2 / (columns tokens^2))^(-1/2) ,
+
+    as if nobody else had a gradient there; returned is q less that. Ours. The reference `shapley_adam_limit` of
+    pipeline.fidelity measures what it is worth.
+    """
+    grown_R = 1 - newest + newest * squares_R * row_scale_R**2 / (columns * tokens**2)
+    return squares_R * (1 - grown_R.rsqrt())
 
 
 def seed_of(seed: int, what: str) -> int:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.capture import LayerInputs
-from pipeline.gradients import Means
-from pipeline.influence import RunningMean
+from pipeline.influence import Means, RunningMean
 
 
 class LayerWeights:

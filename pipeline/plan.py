@@ -17,6 +17,7 @@ from pipeline.checks import read_deepspeed_config
 from pipeline.config import BenchmarkConfig, Config
 from pipeline.cost import PLAIN, RandomTokens, make_estimator, refuse_too_long, variants
 from pipeline.counting import PHASES
+from pipeline.influence import SecondMoments
 from pipeline.model import model_without_weights
 from pipeline.reckoning import META, Counted, Reckoning, micro_batch
 from pipeline.timing import Stopwatch
@@ -189,7 +190,7 @@ def plan(config: Config) -> dict[str, Any]:
         if own.influence.precondition == "adam_state":
             means = {weight: _means(shape) for weight, shape in _matrices(model).items()}
             with Reckoning(model):  # answers for values that are not there
-                estimator.precondition(means)
+                estimator.precondition(SecondMoments(means, 0.999, 1000))
             numbers = sum(sum(shape) + 1 for shape in _matrices(model).values())
             read = numbers / own.influence.adam_every_steps / cluster.accumulation
         # ZeRO-3's own linear function saves what it needs after its product: a block is recomputed to its end.
@@ -229,7 +230,7 @@ def _matrices(model: PreTrainedModel) -> dict[str, torch.Size]:
 
 
 def _means(shape: torch.Size) -> tuple[Tensor, Tensor]:
-    """As `engine.second_moments` has them."""
+    """Of one matrix, as `engine.second_moments` has them."""
     return torch.empty(shape[0], device=META), torch.empty(shape[1], device=META)
 
 

@@ -146,7 +146,7 @@ def micro_batch(model: PreTrainedModel, batch: Batch, estimator: Estimator) -> C
     with Reckoning(model) as work, fused_attention():
         losses_BT, feedback_NG = _forward(model, batch, estimator)
         activations = work.live
-        estimator.watch(batch, losses_BT)
+        estimator.watch(batch, losses_BT, float(batch.labels_BT.numel()))
         if not estimator.needs_backward:
             reduced = _score(estimator, batch, losses_BT, feedback_NG)
         weighted_mean(losses_BT, torch.ones_like(losses_BT), 1.0, 1).backward()

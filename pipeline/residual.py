@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.capture import LayerInputs
 from pipeline.config import SketchConfig
-from pipeline.gradients import Means
-from pipeline.influence import CountSketch, Span, adam_factors, seed_of, unit_moments
+from pipeline.influence import CountSketch, Means, Span, adam_factors, seed_of, unit_moments
 from pipeline.model import final_norm, head_layer, is_conv1d
 
 

@@ -207,6 +207,29 @@ def inner_products(gradients_BP: Tensor, denominator_P: Tensor | None = None) ->
     return (scaled_BP @ gradients_BP.T).double()
 
 
+class FirstOrderEffect:
+    """The game of `StepEffect` in the limit of a small learning rate: losses fall along their gradients, by the update
+    that the coalition's gradient makes, whatever the optimizer makes of it.
+
+    game(C)_z = <gradient of target z's loss, weights after nobody's step - weights after C's>, to first order the same
+    units. No forward is run. Under SGD its Shapley values are `inner_products`; under Adam they are so up to what a
+    coalition's gradient does to its own second moment. Targets are the sequences of the batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, gradients_BP: Tensor, step: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        self._step = step
+        self._weights_P = nn.utils.parameters_to_vector(trainable(model).values()).detach()
+        self._gradients_BP = gradients_BP / (batch.labels_BT != IGNORE).sum()
+        self._nobody_P = step(self._weights_P, torch.zeros_like(self._weights_P))
+
+    def __call__(self, coalition_B: Tensor) -> Tensor:
+        gradient_P = coalition_B.to(self._gradients_BP) @ self._gradients_BP
+        moved_P = self._nobody_P - self._step(self._weights_P, gradient_P)
+        return (self._gradients_BP @ moved_P).double().cpu()
+
+
 class StepEffect:
     """The game of one optimizer step: by how much do the samples that take part lower the loss of the targets?
 

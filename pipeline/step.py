@@ -203,7 +203,7 @@ class Step:
             with self._estimator.capture():
                 losses_BT, feedback_NG = self._forward(batch.blank(~finite_U.cpu()), step, m, self._estimator.visit)
             _refuse_broken_weights(losses_BT, step)
-        self._estimator.watch(batch, losses_BT)
+        self._estimator.watch(batch, losses_BT, denominator * self.accumulation)
         weights_BT = batch.spread_over_tokens(finite_U.double())
         self._engine.backward(weighted_mean(losses_BT, weights_BT, denominator, self._world))
         self._estimator.add(batch, recorded_BT, feedback_NG)
@@ -234,9 +234,9 @@ class Step:
         due = not self._estimator.preconditioned or (step - 1) % influence.adam_every_steps == 0
         if self._estimator.needs_second_moments and due:
             with self._timed("second moments"):
-                means = engine.second_moments(self._engine)
-            if means:
-                self._estimator.precondition(means)
+                second = engine.second_moments(self._engine)
+            if second:
+                self._estimator.precondition(second)
         due = not self._estimator.holds_validation or (step - 1) % influence.validation_every_steps == 0
         if self._reference and due:
             with self._timed("validation"):
@@ -258,7 +258,7 @@ class Step:
                 logits_BTV = self._engine.module(input_ids=batch.input_ids_BT, use_cache=False).logits
                 losses_BT, feedback_NG = token_losses(logits_BTV, batch.labels_BT, self._estimator.visit)
             if self._estimator.needs_backward:
-                self._estimator.watch(batch, losses_BT)
+                self._estimator.watch(batch, losses_BT, None)
                 self._estimator.backward_to_inputs(losses_BT)
             self._estimator.add(batch, losses_BT.detach(), feedback_NG)
         self._engine.train()

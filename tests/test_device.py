@@ -27,7 +27,7 @@ def scored(name: str, device: torch.device, sketched: bool, dtype: torch.dtype) 
             logits_BTV = model(input_ids=batch.input_ids_BT).logits
             losses_BT, feedback_NG = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
         if estimator.needs_backward:
-            estimator.watch(batch, losses_BT)
+            estimator.watch(batch, losses_BT, float(losses_BT.numel()))
         losses_BT.sum().backward()
         estimator.add(batch, losses_BT.detach(), feedback_NG)
         [found] = estimator.scores()

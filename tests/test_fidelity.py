@@ -13,7 +13,7 @@ from pipeline.checks import FIDELITY_ESTIMATORS
 from pipeline.comparison import pearson, spearman
 from pipeline.config import SketchConfig, to_yaml
 from pipeline.data import Samples
-from pipeline.fidelity import main, measure, row_and_column_means
+from pipeline.fidelity import main, measure, second_moments
 from pipeline.loss import token_losses
 from pipeline.model import load_model
 from pipeline.prepare import load_split
@@ -46,7 +46,7 @@ def adam_run(ranks, corpus, tiny_model, tmp_path_factory):
                 fidelity__batch_size=5,
                 fidelity__batches=2,
                 fidelity__permutations=4,
-                fidelity__references='["ip","ip_adam","shapley_sgd","shapley_adam"]',
+                fidelity__references='["ip","ip_adam","shapley_sgd","shapley_adam","shapley_adam_limit"]',
             )
             ranks(run, made[stage])
         return made[stage]
@@ -93,7 +93,7 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     one_form = {"ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm", "loss", "random"}
     one_form |= {name for name in FIDELITY_ESTIMATORS if name.startswith("residual_last")}
     forms = 2 * len(FIDELITY_ESTIMATORS) - len(one_form)
-    assert len(rows) == 2 * forms * 4 * 2
+    assert len(rows) == 2 * forms * 5 * 2
     assert {row["checkpoint"] for row in rows} == {"step-2", "step-3"}
     assert {row["sketch"] for row in rows} == {"none", "32x64", "16x64"}
     numbers = {"pearson_mean", "pearson_std", "pearson_min", "spearman_mean", "sign_agreement", "batches"}
@@ -107,12 +107,21 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
         assert found["step-3", "ghost", "none", "none", "ip", own_term]["pearson_min"] > 0.99
         # Two blocks are all of this model's.
         assert found["step-3", "residual_last_2", "none", "none", "ip", own_term]["pearson_min"] > 0.99
-        assert found["step-3", "residual_last_2", "adam_state", "none", "ip_adam", own_term]["pearson_mean"] == (
-            pytest.approx(found["step-3", "ghost", "adam_state", "none", "ip_adam", own_term]["pearson_mean"], abs=1e-3)
-        )
         small_step = found["step-3", "ip", "none", "none", "shapley_sgd", own_term]
         assert small_step["pearson_mean"] > 0.95
         assert small_step["batches"] == 1
+    reached = {
+        (name, reference, own_term): found["step-3", name, "adam_state", "none", reference, own_term]["pearson_mean"]
+        for name in ("ghost", "residual_last_2")
+        for reference in ("ip_adam", "shapley_adam_limit")
+        for own_term in ("in", "out")
+    }
+    for reference in ("ip_adam", "shapley_adam_limit"):
+        whole = reached["residual_last_2", reference, "out"]
+        assert reached["ghost", reference, "out"] == pytest.approx(whole, abs=1e-3)
+    # Only ghost's own terms know what Adam's step makes of them.
+    limit = "shapley_adam_limit"
+    assert reached["ghost", limit, "in"] > reached["residual_last_2", limit, "in"] + 0.1
     assert {entry["permutations"] for entry in report["shapley"]} == {4}
     assert matplotlib.image.imread(Path(config.run_dir) / "fidelity.png").ndim == 3
 
@@ -176,7 +185,7 @@ def test_a_run_without_checkpoints_is_measured_at_its_start_by_the_command(adam_
     main(["--config", str(tmp_path / "config.yaml"), "--fidelity.estimators=[lli,random]", "--fidelity.exact=false"])
     rows = json.loads((tmp_path / "new" / "fidelity.json").read_text())["rows"]
     assert {row["checkpoint"] for row in rows} == {"start"}
-    assert {row["reference"] for row in rows} == {"ip", "shapley_sgd", "shapley_adam"}
+    assert {row["reference"] for row in rows} == {"ip", "shapley_sgd", "shapley_adam", "shapley_adam_limit"}
     assert {(row["estimator"], row["sketch"]) for row in rows} == {("lli", "32x64"), ("random", "none")}
     assert "random" in capsys.readouterr().out
 
@@ -212,9 +221,12 @@ def test_correlations_are_the_known_ones():
     assert np.isnan(pearson(x, np.ones(4)))
 
 
-def test_row_and_column_means_are_of_the_bias_corrected_second_moment():
+def test_second_moments_are_means_of_the_bias_corrected_ones():
     square = torch.tensor([[1.0, 3.0, 5.0], [0.0, 0.0, 3.0]])
     state = {"exp_avg": square, "exp_avg_sq": square * (1 - 0.9**4), "step": torch.tensor(4)}
-    rows, columns = row_and_column_means({"w": state, "b": {**state, "exp_avg_sq": square[0]}}, 0.9, CPU)["w"]
+    found = second_moments({"w": state, "b": {**state, "exp_avg_sq": square[0]}}, 0.9, CPU)
+    assert (list(found.means), found.updates) == (["w"], 4)
+    assert found.newest == pytest.approx(0.1 / (1 - 0.9**5))
+    rows, columns = found.means["w"]
     torch.testing.assert_close(rows, torch.tensor([3.0, 1.0]))
     torch.testing.assert_close(columns, torch.tensor([0.5, 1.5, 4.0]))

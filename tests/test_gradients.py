@@ -7,8 +7,9 @@ from torch import Tensor
 from pipeline.config import InfluenceConfig, SketchConfig
 from pipeline.data import Batch, Unit
 from pipeline.estimator import Estimator
-from pipeline.influence import adam_factors
+from pipeline.influence import SecondMoments, adam_factors, saturation
 from pipeline.loss import IGNORE, token_losses
+from pipeline.shapley import Adam
 from pipeline.timing import Stopwatch
 from tests.models import VOCABULARY, larger
 
@@ -33,15 +34,15 @@ def batch_of(seed: int = 0, samples: int = SAMPLES) -> Batch:
     return Batch(ids, labels, [Unit(i, i, (i * TOKENS, (i + 1) * TOKENS), [i], "-") for i in range(samples)])
 
 
-def scores(model, batch: Batch, factor: float = 1.0, means=None, **options) -> Tensor:
+def scores(model, batch: Batch, factor: float = 1.0, means=None, step_tokens=None, **options) -> Tensor:
     config = InfluenceConfig(estimator="ghost", **options)
     estimator = Estimator(config, model, 3, CPU, Stopwatch(CPU))
     if means:
-        estimator.precondition(means)
+        estimator.precondition(SecondMoments(means, 0.95, 3))
     with estimator.capture():
         logits = model(input_ids=batch.input_ids_BT, use_cache=False).logits
         losses, feedback = token_losses(logits, batch.labels_BT, estimator.visit)
-    estimator.watch(batch, losses)
+    estimator.watch(batch, losses, step_tokens)
     (losses.sum() * factor).backward()
     model.zero_grad()
     estimator.add(batch, losses.detach(), feedback)
@@ -108,6 +109,72 @@ def test_adam_state_scales_rows_and_columns_of_the_gradient(kind):
     assert not torch.allclose(got, scores(model, batch, sketch="none", include_self=False), rtol=0.1)
 
 
+def test_a_saturated_row_is_the_own_term_of_adams_coming_step():
+    """Where a row's second moments are all alike and one sample alone has a gradient: against Adam's own update."""
+    generator = torch.Generator().manual_seed(0)
+    gradient_PD = torch.randn(6, 8, generator=generator)
+    v_P = torch.rand(6, generator=generator) ** 4 * 1e-3
+    gradient_PD[:, :] = gradient_PD[:, :1].abs() * gradient_PD.sign()  # of one size along a row
+    tokens, decay, updates = 50.0, 0.95, 3
+    raw = (v_P[:, None] * (1 - decay**updates)).expand_as(gradient_PD)
+    adam = Adam(1.0, (0.0, decay), 0.0, 0.0, True, torch.zeros_like(raw), raw, updates)
+    update_PD = -adam(torch.zeros_like(gradient_PD), gradient_PD / tokens)
+    expected = (update_PD * gradient_PD).sum(1) * tokens  # g / sqrt(v'), g of summed losses
+    squares_P = gradient_PD.square().sum(1) * v_P**-0.5
+    newest = SecondMoments({}, decay, updates).newest
+    taken_P = saturation(squares_P, v_P**-0.25, 8, tokens, newest)
+    assert torch.allclose(squares_P - taken_P, expected, rtol=1e-10)
+    assert (taken_P > 0.5 * squares_P).any()
+
+
+@pytest.mark.parametrize("kind", ["gpt_neo", "llama", "llama_tied"])
+def test_own_terms_saturate_row_by_row(kind):
+    """Against loops over a unit's words. Catches one row for each position, rows that units share, a tied weight
+    without both its parts, an untied one with both, and another denominator."""
+    model, batch = larger(kind).double(), batch_of()
+    second = {name: torch.rand_like(p) ** 8 for name, p in model.named_parameters() if p.dim() == 2}
+    means = {name: (v.mean(1), v.mean(0)) for name, v in second.items()}
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    names = {id(p): name for name, p in model.named_parameters()}
+    inputs, outputs = (f().weight for f in (model.get_input_embeddings, model.get_output_embeddings))
+    newest, step_tokens = 0.05 / (1 - 0.95**4), 3.0
+    expected = []
+    for ids, labels in zip(batch.input_ids_BT, batch.labels_BT, strict=True):
+        seen = {}
+        hooks = [
+            model.get_input_embeddings().register_forward_hook(lambda _, args, out, seen=seen: seen.update(x=out)),
+            model.get_output_embeddings().register_forward_hook(lambda _, args, out, seen=seen: seen.update(h=args[0])),
+        ]
+        losses, _ = token_losses(model(input_ids=ids[None]).logits, labels[None])
+        for hook in hooks:
+            hook.remove()
+        (b,) = torch.autograd.grad(losses.sum(), seen["x"])
+        taken = 0.0
+        for weight in {id(inputs): inputs, id(outputs): outputs}.values():
+            rows, columns = means[names[id(weight)]]
+            for word in set(ids.tolist()):
+                row = torch.zeros(weight.shape[1])
+                for t in range(TOKENS):
+                    if weight is inputs and ids[t] == word:
+                        row += b[0, t]
+                    if weight is outputs and labels[t] == word:
+                        row += (torch.exp(-losses[0, t]) - 1) * seen["h"][0, t]
+                q = (row.square() * (rows[word] * columns / rows.mean()) ** -0.5).sum()
+                grown = 1 - newest + newest * q / rows[word] ** 0.5 / (weight.shape[1] * step_tokens**2)
+                taken += float((q * (1 - grown**-0.5)).detach())
+        expected.append(taken)
+    assert len(expected) == SAMPLES
+    assert tied == (kind != "llama")
+    common = {"means": means, "sketch": "none", "precondition": "adam_state"}
+    plain = scores(model, batch, **common)
+    got = plain - scores(model, batch, step_tokens=step_tokens, **common)
+    assert agree(got, torch.tensor(expected))
+    assert (got > 0.01 * plain.abs()).any()
+    # What is not there cannot saturate.
+    out = {**common, "include_self": False}
+    assert torch.equal(scores(model, batch, **out), scores(model, batch, step_tokens=step_tokens, **out))
+
+
 @pytest.mark.parametrize("kind", ["gpt_neo", "llama"])
 def test_sketched_ghost_is_unbiased(kind):
     """Over seeds, the mean comes close to the exact score. Catches places or signs that head and body share."""
@@ -120,7 +187,7 @@ def test_sketched_ghost_is_unbiased(kind):
         estimator = Estimator(config, model, seed, CPU, Stopwatch(CPU))
         with estimator.capture():
             losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
-        estimator.watch(batch, losses)
+        estimator.watch(batch, losses, None)
         losses.sum().backward()
         estimator.add(batch, losses.detach(), feedback)
         drawn.append(estimator.scores()[0].scores_U)
@@ -161,7 +228,7 @@ def test_backward_to_inputs_gives_the_same_moments_and_no_weight_a_gradient():
         estimator = Estimator(config, model, 3, CPU, Stopwatch(CPU))
         with estimator.capture():
             losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
-        estimator.watch(batch, losses)
+        estimator.watch(batch, losses, None)
         model.zero_grad()
         estimator.backward_to_inputs(losses) if to_inputs else losses.sum().backward()
         assert all(p.grad is None for p in model.parameters()) == to_inputs

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from pipeline.config import InfluenceConfig, SketchConfig
 from pipeline.data import Batch, Unit
 from pipeline.estimator import Estimator
-from pipeline.influence import adam_factors
+from pipeline.influence import SecondMoments, adam_factors
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import final_norm, head_layer, linear_layers
 from pipeline.timing import Stopwatch
@@ -39,7 +39,7 @@ def scores(model, batch: Batch, means=None, seed: int = 3, **options) -> Tensor:
     config = InfluenceConfig(estimator="residual", include_self=False, **options)
     estimator = Estimator(config, model, seed, CPU, Stopwatch(CPU))
     if means:
-        estimator.precondition(means)
+        estimator.precondition(SecondMoments(means, 0.999, 100))
     with torch.no_grad(), estimator.capture():
         losses, feedback = token_losses(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
     estimator.add(batch, losses, feedback)

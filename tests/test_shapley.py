@@ -1,3 +1,4 @@
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from pipeline.loss import IGNORE
 from pipeline.shapley import (
     SGD,
     Adam,
+    FirstOrderEffect,
     StepEffect,
     exact_shapley,
     inner_products,
@@ -189,6 +191,23 @@ def test_inner_products_in_adams_geometry_are_shapley_values_of_a_small_adam_ste
     effects = exact_shapley(StepEffect(model, batch, gradients, adam), 4)
     expected = inner_products(gradients, adam.denominator_P) * 1e-6 * (1 - 0.9) / tokens**2
     torch.testing.assert_close(effects, expected, rtol=1e-2, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("step", [1, 7])
+def test_first_order_effects_are_those_of_a_small_step_whatever_adam_makes_of_the_gradient(step):
+    """Catches v of before the update in its place, and momentum counted as somebody's."""
+    model, batch = model_of("gpt2"), batch_of(4)
+    gradients = sample_gradients(model, batch)
+    tokens = (batch.labels_BT != IGNORE).sum()
+    adam = adam_of(model, 1e-7, (0.9, 0.8), step)
+    adam = replace(adam, exp_avg_sq_P=adam.exp_avg_sq_P * 1e-4)  # so that the coming gradient is much of it
+    found = exact_shapley(FirstOrderEffect(model, batch, gradients, adam), 4)
+    expected = exact_shapley(StepEffect(model, batch, gradients, adam), 4)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=2e-3 * float(expected.abs().max()))
+    frozen = inner_products(gradients, adam.denominator_P) * 1e-7 * (1 - 0.9) / (1 - 0.9 ** (step + 1)) / tokens**2
+    assert not torch.allclose(found, frozen, rtol=0.1, atol=0.1 * float(expected.abs().max()))
+    plain = exact_shapley(FirstOrderEffect(model, batch, gradients, SGD(0.1)), 4)
+    torch.testing.assert_close(plain, inner_products(gradients) * 0.1 / tokens**2)
 
 
 def test_another_batch_can_be_the_target():

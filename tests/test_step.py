@@ -16,9 +16,11 @@ from pipeline import step as step_module
 from pipeline.checks import read_deepspeed_config
 from pipeline.config import Config
 from pipeline.data import Batch, Samples
+from pipeline.influence import SecondMoments
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
 from pipeline.prepare import load_split
+from pipeline.timing import Stopwatch
 from pipeline.train import train
 from tests.reference import token_pair_moments
 from tests.runs import ADAM, LEARNING_RATE, config_of, deepspeed_json, largest_difference, run, weights
@@ -28,9 +30,8 @@ BF16 = {"bf16": {"enabled": True}}
 
 
 def ghost(corpus: Path, tmp_path: Path, model: Path, stage: int, **options: Any) -> Config:
-    deepspeed = {
-        key: options.pop(key) for key in list(options) if key in ("micro", "accumulation", "optimizer", "bf16", "data_types")
-    }
+    keys = ("micro", "accumulation", "optimizer", "bf16", "data_types")
+    deepspeed = {key: options.pop(key) for key in keys if key in options}
     options = {"influence__estimator": "ghost", "influence__include_self": False} | options
     return config_of(
         corpus, tmp_path / "run", model, deepspeed_json(tmp_path / "ds.json", stage, **deepspeed), **options
@@ -157,9 +158,9 @@ def moments_of(config: Config) -> dict[str, tuple[Tensor, Tensor]]:
     found = {}
     original = estimator_module.Estimator.precondition
 
-    def precondition(self: Any, means: Any) -> None:
-        found.update(means)
-        original(self, means)
+    def precondition(self: Any, second: Any) -> None:
+        found.update(second.means)
+        original(self, second)
 
     estimator_module.Estimator.precondition = precondition
     try:
@@ -212,6 +213,49 @@ def test_second_moments_are_those_of_one_processs_adam(
             assert torch.equal(got, again)
 
 
+def test_own_terms_saturate_by_all_tokens_of_the_optimizer_step(ranks, corpus, tiny_model, tmp_path):
+    """Two ranks and two micro-batches a step against one process. Catches the tokens of one rank or micro-batch."""
+    standing_still = {"type": "AdamW", "params": ADAM["params"] | {"lr": 0.0, "weight_decay": 0.0}}
+    config = ghost(
+        corpus,
+        tmp_path,
+        tiny_model("llama"),
+        2,
+        accumulation=2,
+        optimizer=standing_still,
+        max_steps=2,
+        influence__precondition="adam_state",
+        influence__adam_every_steps=1,
+        influence__include_self=True,
+        influence__sketch="none",
+        policy__action="observe",
+    )
+    ranks(run, config)
+    found = torch.tensor(ledger.read(tmp_path / "run")["score"].to_numpy().reshape(4, 4)[2:])
+    model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"), dtype=torch.float32).train()
+    first, *second = [samples_of(config).batch(*part, CPU) for part in ((0, 8), (8, 4), (12, 4))]
+    losses, _ = token_losses(model(input_ids=first.input_ids_BT).logits, first.labels_BT)
+    (losses.sum() / (first.labels_BT != IGNORE).sum()).backward()
+    means = {n: (p.grad.square().mean(1), p.grad.square().mean(0)) for n, p in model.named_parameters() if p.dim() == 2}
+    tokens = sum(float((batch.labels_BT != IGNORE).sum()) for batch in second)
+
+    def expected(step_tokens: float) -> Tensor:
+        scores = []
+        for batch in second:
+            estimator = estimator_module.Estimator(config.influence, model, config.seed, CPU, Stopwatch(CPU))
+            estimator.precondition(SecondMoments(means, 0.95, 1))
+            with estimator.capture():
+                losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
+            estimator.watch(batch, losses, step_tokens)
+            losses.sum().backward()
+            estimator.add(batch, losses.detach(), feedback)
+            scores.append(estimator.scores()[0].scores_U)
+        return torch.stack(scores)
+
+    assert close_to_largest(found, expected(tokens), 1e-3)
+    assert not close_to_largest(found, expected(tokens / 2), 1e-2)
+
+
 def test_adam_state_scores_alike_at_all_stages_and_after_a_resume(ranks, corpus, tiny_model, tmp_path):
     """Catches factors that a resumed run forgets, or reads at another step than the unbroken one."""
     scores = {}
@@ -223,6 +267,7 @@ def test_adam_state_scores_alike_at_all_stages_and_after_a_resume(ranks, corpus,
             "influence__estimator": estimator,
             "influence__precondition": "adam_state",
             "influence__adam_every_steps": 4,
+            "influence__include_self": True,
             "policy__rule": "rate",
             "policy__rate": 0.25,
         }
