@@ -24,9 +24,9 @@ def _double():
     torch.set_default_dtype(torch.float32)
 
 
-def batch_of(seed: int = 0, samples: int = SAMPLES) -> Batch:
+def batch_of(seed: int = 0, samples: int = SAMPLES, words: int = VOCABULARY) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, VOCABULARY, (samples, TOKENS), generator=generator)
+    ids = torch.randint(0, words, (samples, TOKENS), generator=generator)
     ids[0, 3:6] = ids[0, 0]  # the same token again and again
     labels = torch.full_like(ids, IGNORE)
     labels[:, :-1] = ids[:, 1:]
@@ -131,7 +131,7 @@ def test_a_saturated_row_is_the_own_term_of_adams_coming_step():
 def test_own_terms_saturate_row_by_row(kind):
     """Against loops over a unit's words. Catches one row for each position, rows that units share, a tied weight
     without both its parts, an untied one with both, and another denominator."""
-    model, batch = larger(kind).double(), batch_of()
+    model, batch = larger(kind).double(), batch_of(words=15)
     second = {name: torch.rand_like(p) ** 8 for name, p in model.named_parameters() if p.dim() == 2}
     means = {name: (v.mean(1), v.mean(0)) for name, v in second.items()}
     tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
