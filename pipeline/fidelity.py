@@ -7,6 +7,7 @@ Writes RUN_DIR/fidelity.json and RUN_DIR/fidelity.png.
 """
 
 import copy
+import itertools
 import json
 import time
 from collections import defaultdict
@@ -55,6 +56,8 @@ _WARM_UP_BATCHES = 8  # that running means are made of before they are measured
 _WARMED_UP = ("adam_ema", *LAYER_WEIGHTS)
 _LAST_BLOCKS = {"residual_last_1": 1, "residual_last_2": 2}
 _COMPARISON_ONLY = ("ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm")
+_FIRST_ORDER = ("ip_adam", "shapley_adam_limit")
+"""References that are also held against the others: how far any gradient can come."""
 _OWN_TERMS = (True, False)
 
 Moments = dict[str, dict[str, Tensor]]
@@ -215,7 +218,14 @@ def measure(config: Config) -> dict[str, Any]:
                 for name, detail in details.items()
             ]
         exact_forms: dict[tuple[str, str, bool], list[Tensor]] = {}
-        for key, own, scores in _all_scores(config, model, exact, batches, moments, adam, device):
+        as_estimators = [
+            ((reference, "none", "none"), own, [values[reference, own] for values in values_of_batch])
+            for reference in _FIRST_ORDER
+            for own in _OWN_TERMS
+            if all((reference, own) in values for values in values_of_batch)
+        ]
+        scored = _all_scores(config, model, exact, batches, moments, adam, device)
+        for key, own, scores in itertools.chain(scored, as_estimators):
             name, precondition, sketch = key
             whole = exact_forms.setdefault((name, precondition, own), scores)  # an exact form comes before its sketch
             for values, scores_B, whole_B in zip(values_of_batch, scores, whole, strict=True):

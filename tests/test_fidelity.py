@@ -92,7 +92,8 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     assert len(found) == len(rows)
     one_form = {"ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm", "loss", "random"}
     one_form |= {name for name in FIDELITY_ESTIMATORS if name.startswith("residual_last")}
-    forms = 2 * len(FIDELITY_ESTIMATORS) - len(one_form)
+    # And the first-order references, against the others.
+    forms = 2 * len(FIDELITY_ESTIMATORS) - len(one_form) + 2
     assert len(rows) == 2 * forms * 5 * 2
     assert {row["checkpoint"] for row in rows} == {"step-2", "step-3"}
     assert {row["sketch"] for row in rows} == {"none", "32x64", "16x64"}
@@ -186,7 +187,11 @@ def test_a_run_without_checkpoints_is_measured_at_its_start_by_the_command(adam_
     rows = json.loads((tmp_path / "new" / "fidelity.json").read_text())["rows"]
     assert {row["checkpoint"] for row in rows} == {"start"}
     assert {row["reference"] for row in rows} == {"ip", "shapley_sgd", "shapley_adam", "shapley_adam_limit"}
-    assert {(row["estimator"], row["sketch"]) for row in rows} == {("lli", "32x64"), ("random", "none")}
+    assert {(row["estimator"], row["sketch"]) for row in rows} == {
+        ("lli", "32x64"),
+        ("random", "none"),
+        ("shapley_adam_limit", "none"),  # the first-order references are held against the others, too
+    }
     assert "random" in capsys.readouterr().out
 
 
