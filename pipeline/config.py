@@ -105,7 +105,8 @@ class InfluenceConfig:
     """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
     precondition: Literal["none", "adam_ema", "adam_state"] = "none"
     """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E). adam_state:
-    scale inputs and gradients by the column and row means of Adam's own second moments, to its power on each side."""
+    scale inputs and gradients by the column and row means of Adam's own second moments, to its power on each side;
+    ghost's own terms saturate as Adam's step does."""
     adam_every_steps: int = 10
     """adam_state, gains: optimizer steps between readings of the second moments; before the first step there are none,
     and nothing is scaled."""
@@ -189,9 +190,10 @@ class FidelityConfig:
     references: list[str] = field(default_factory=lambda: ["ip", "ip_adam"])
     """What scores are held against; the first is the figure's. ip: inner products of true gradients; ip_adam: the same
     in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step;
-    exact: sketched scores against the same estimator's exact ones."""
+    shapley_adam_limit: of Adam's step at a vanishing learning rate, which needs no forwards; exact: sketched scores
+    against the same estimator's exact ones."""
     shapley_batches: int = 1
-    """How many of the batches get the Shapley references, which take most of the time."""
+    """How many of the batches get shapley_sgd and shapley_adam, which take most of the time."""
     permutations: int = 1000
     """Most orders of joining that Shapley values are estimated from."""
     standard_error: float = 0.02

@@ -1,5 +1,6 @@
 """The DeepSpeed engine: the only importer of deepspeed. Nothing in it is patched."""
 
+import itertools
 import logging
 import math
 import os
@@ -357,15 +358,13 @@ def _unpartitioned_second_moment(engine: DeepSpeedEngine, parameter: Any) -> Ten
     state = engine.basic_optimizer.state
     if parameter in state:
         return state[parameter]["exp_avg_sq"].flatten()
-    for low, group in zip(engine.optimizer.fp16_groups, engine.basic_optimizer.param_groups, strict=True):
-        index = next((i for i, member in enumerate(low) if member is parameter), None)
-        if index is not None and len(group["params"]) == len(low) > 1:
-            return state[group["params"][index]]["exp_avg_sq"].flatten()
-        if index is not None:
-            (whole,) = group["params"]
-            start = sum(member.numel() for member in low[:index])
-            return state[whole]["exp_avg_sq"].narrow(0, start, parameter.numel())
-    raise AssertionError("a parameter that the optimizer does not know")
+    groups = zip(engine.optimizer.fp16_groups, engine.basic_optimizer.param_groups, strict=True)
+    members, copies = next((low, group["params"]) for low, group in groups if any(p is parameter for p in low))
+    before = list(itertools.takewhile(lambda member: member is not parameter, members))
+    if len(copies) == len(members):
+        return state[copies[len(before)]]["exp_avg_sq"].flatten()
+    (flat,) = copies
+    return state[flat]["exp_avg_sq"].narrow(0, sum(member.numel() for member in before), parameter.numel())
 
 
 def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,8 +30,20 @@ from pipeline.model import head_layer, is_conv1d, linear_layers
 from pipeline.residual import ResidualMoments
 from pipeline.timing import Stopwatch
 
-_Pending = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-"""Moments (or, where there are none, scores) of a micro-batch's units, their saturation, positions, losses, tokens."""
+
+class Pending(NamedTuple):
+    """A micro-batch of this rank that is not yet scored."""
+
+    moments_UM: Tensor
+    """Where there are no moments, scores."""
+    saturation_U: Tensor
+    """What Adam's step leaves out of own terms."""
+    positions_U: Tensor
+    losses_U: Tensor
+    tokens_U: Tensor
+
+    def scored(self, scores_U: Tensor, micro_scores_U: Tensor) -> Scored:
+        return Scored(self.positions_U, scores_U, micro_scores_U, self.losses_U, self.tokens_U)
 
 
 class Estimator:
@@ -56,7 +68,7 @@ class Estimator:
         self._step_tokens: float | None = None
         self._second: SecondMoments | None = None
         self._held: dict[str, Tensor] = {}
-        self._pending: list[_Pending] = []
+        self._pending: list[Pending] = []
         self._moments = config.estimator not in ("none", "loss", "random")
         self.needs_backward = config.estimator == "ghost"
         reads = config.precondition == "adam_state" or config.layer_weights == "gains"
@@ -182,7 +194,8 @@ class Estimator:
                 # One sample that is not finite must not make all scores so.
                 basis = basis.where(finite_U[:, None], 0.0)
                 saturation_U = saturation_U.where(finite_U, 0.0)
-        self._pending.append((basis, saturation_U, batch.positions_U, losses_U.where(finite_U, torch.nan), tokens_U))
+        losses_U = losses_U.where(finite_U, torch.nan)
+        self._pending.append(Pending(basis, saturation_U, batch.positions_U, losses_U, tokens_U))
 
     @torch.no_grad()
     def scores(self) -> list[Scored]:
@@ -196,18 +209,19 @@ class Estimator:
         """
         pending, self._pending = self._pending, []
         if not self._moments:
-            return [Scored(positions_U, scores_U, scores_U, *rest) for scores_U, _, positions_U, *rest in pending]
+            return [part.scored(part.moments_UM, part.moments_UM) for part in pending]
         micro = self._references(pending)
         with self._timed("scores"):
             together, share = self._reference(micro)
             kept, removed = (share, 0.0) if self._config.include_self else (0.0, share)
             scored = []
-            for (moments_UM, saturation_U, positions_U, *rest), micro_M in zip(pending, micro, strict=True):
-                scores_U = influence_scores(moments_UM, together, removed) - kept * saturation_U
+            for part, micro_M in zip(pending, micro, strict=True):
+                taken_U = kept * part.saturation_U
+                scores_U = influence_scores(part.moments_UM, together, removed) - taken_U
                 micro_U = scores_U
                 if self._config.reference == "batch" and len(micro) > 1:
-                    micro_U = influence_scores(moments_UM, micro_M, removed) - kept * saturation_U
-                scored.append(Scored(positions_U, scores_U, micro_U, *rest))
+                    micro_U = influence_scores(part.moments_UM, micro_M, removed) - taken_U
+                scored.append(part.scored(scores_U, micro_U))
             return scored
 
     @property
@@ -216,7 +230,7 @@ class Estimator:
         means = self._running_means()
         if not self._moments or (self._config.reference == "validation" and not means):
             return 0
-        moments = sum(basis[0].numel() for basis, *_ in self._pending)
+        moments = sum(part.moments_UM[0].numel() for part in self._pending)
         return moments + (sum(len(mean.raw_C) for mean in means) + 1 if means else 0)
 
     @property
@@ -228,7 +242,7 @@ class Estimator:
     def hold_validation(self) -> None:
         """What was added since `scores` becomes the reference, until this is called again. Collective."""
         pending, self._pending = self._pending, []
-        local = torch.stack([moments_UM.sum(0) for moments_UM, *_ in pending]).sum(0)
+        local = torch.stack([part.moments_UM.sum(0) for part in pending]).sum(0)
         with self._timed("reduce"):
             self._held["validation"] = collectives.all_reduce_sum(local)
         for mean in self._running_means():  # of what is trained on
@@ -239,13 +253,13 @@ class Estimator:
         found = (self._squared, self._layer_weights and self._layer_weights.squares)
         return [mean for mean in found if mean]
 
-    def _references(self, pending: list[_Pending]) -> list[Tensor]:
+    def _references(self, pending: list[Pending]) -> list[Tensor]:
         """The moment of each micro-batch, on all ranks together. Collective."""
         with self._timed("scores"):
-            local = [moments_UM.sum(0) for moments_UM, *_ in pending]
+            local = [part.moments_UM.sum(0) for part in pending]
             means = self._running_means()
             if means:
-                tokens = torch.stack([tokens_U.sum() for *_, tokens_U in pending]).sum()
+                tokens = torch.stack([part.tokens_U.sum() for part in pending]).sum()
                 local += [*(mean.take() for mean in means), tokens.to(local[0])[None]]
         if self._config.reference == "validation" and not means:
             return local

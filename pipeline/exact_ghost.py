@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pipeline.config import InfluenceConfig
 from pipeline.data import Batch
-from pipeline.estimator import Estimator
+from pipeline.estimator import Estimator, Pending
 from pipeline.loss import IGNORE
 from pipeline.timing import Stopwatch
 
@@ -63,7 +63,7 @@ class ExactGhost(Estimator):
                 input_BTD, gradients = self._kept.pop()
                 scores_B += inner_products(input_BTD, gradients[0].to(input_BTD.dtype))
         losses_B, tokens_B = batch.sum_per_unit(losses_BT), batch.sum_per_unit(batch.labels_BT != IGNORE)
-        self._pending.append((scores_B, torch.zeros_like(losses_B), batch.positions_U, losses_B, tokens_B))
+        self._pending.append(Pending(scores_B, torch.zeros_like(losses_B), batch.positions_U, losses_B, tokens_B))
 
 
 def inner_products(input_BTD: Tensor, gradient_BTO: Tensor) -> Tensor:

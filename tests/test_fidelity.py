@@ -80,6 +80,37 @@ def test_adams_moments_of_a_checkpoint_are_those_of_one_process(adam_run, corpus
     assert engine.checkpoint_position(checkpoint) == STEPS * 4
 
 
+@pytest.mark.parametrize("torch_adam", [True, False])
+def test_adams_moments_of_a_checkpoint_in_bf16_without_zero(ranks, corpus, tiny_model, tmp_path, torch_adam):
+    """Catches one flat state for all parameters cut at the wrong places. Values are those of float32, about."""
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(
+            tmp_path / "ds.json",
+            0,
+            bf16={"enabled": True},
+            optimizer={"type": "AdamW", "params": ADAM["params"] | {"torch_adam": torch_adam}},
+        ),
+        max_steps=1,
+        checkpoint__every_steps=1,
+        influence__estimator="none",
+    )
+    ranks(run, config)
+    model = load_model(config.model, config.seed).float()
+    batch = Samples(load_split(corpus / "prepared", "train"), config.seed, "sequence").batch(0, 4, CPU)
+    losses, _ = token_losses(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT)
+    (losses.sum() / (batch.labels_BT != -100).sum()).backward()
+    checkpoint = checkpoints_of(config.run_dir)["step-1"]
+    assert engine.checkpoint_learning_rate(checkpoint) == pytest.approx(1e-3)
+    found = engine.checkpoint_adam(checkpoint)
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    for name, parameter in model.named_parameters():
+        expected = parameter.grad.square() * (1 - 0.95)
+        assert (found[name]["exp_avg_sq"] - expected).abs().max() < 0.1 * expected.max(), name
+
+
 def test_a_run_is_measured_at_its_checkpoints(adam_run):
     """Every estimator, reference and own term once a checkpoint; what is known must come out: `ip` is itself, the
     controls know nothing of it, a small SGD step's Shapley values are the inner products."""
