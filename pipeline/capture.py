@@ -91,15 +91,13 @@ class LayerInputs:
             if self.measured:
                 norm = torch.linalg.vector_norm(input_ND, dtype=_at_least_float32(input_ND))
                 self._mean_squares |= dict.fromkeys(self._readers, norm.square() / len(input_ND))
-            if name in self.scales:
-                input_ND = input_ND * self.scales[name]
-            weight = sqrt(sum(self.weights.get(reader, 1.0) for reader in self._readers))
+            scale = sqrt(sum(self.weights.get(reader, 1.0) for reader in self._readers)) * self.scales.get(name, 1.0)
             if self._width is None:
-                self._keys.append(input_ND.to(_at_least_float32(input_ND)) * weight)
+                self._keys.append(input_ND.to(_at_least_float32(input_ND)) * scale)
             else:
                 if not self._keys:
                     self._keys.append(input_ND.new_zeros(len(input_ND), self._width, dtype=_at_least_float32(input_ND)))
-                self._sketch_of(name, input_ND)(input_ND, self._keys[0], weight)
+                self._sketch_of(name, input_ND)(input_ND, self._keys[0], scale)
         self._shared, self._readers = None, []
 
     def _sketch_of(self, name: str, input_ND: Tensor) -> CountSketch:

@@ -20,6 +20,7 @@ from pipeline.influence import (
     SecondMoments,
     SquaredGradient,
     adam_factors,
+    hashed,
     influence_scores,
     seed_of,
     unit_moments,
@@ -78,15 +79,15 @@ class Estimator:
         name, head = head_layer(model)
         layers, sketch = linear_layers(model), config.sketch
         if self.needs_backward:
-            hashed = None if sketch == "none" else (sketch.layers, sketch.gradients)
+            widths = None if sketch == "none" else (sketch.layers, sketch.gradients)
             self._gradients = LayerGradients(
-                model, layers, name, hashed, seed, device, partial(timed, "layer gradients")
+                model, layers, name, widths, seed, device, partial(timed, "layer gradients")
             )
             self._sketch = self._gradients.logit_sketch()
             return
         if config.estimator == "residual":
-            widths = None if sketch == "none" else sketch
-            self._residual = ResidualMoments(model, layers, widths, seed, device, partial(timed, "layer inputs"))
+            chosen = None if sketch == "none" else sketch
+            self._residual = ResidualMoments(model, layers, chosen, seed, device, partial(timed, "layer inputs"))
             self._weigh_layers(self._residual.inputs)
             return
         if config.estimator == "lli":
@@ -330,6 +331,4 @@ class Estimator:
                 self._squared.add(labelled_n.to(gradient_nV) @ gradient_nV.square())
             if self._residual:
                 return self._residual.visit(gradient_nV)
-            if self._scale_V is not None:
-                gradient_nV *= self._scale_V.to(gradient_nV.dtype)
-            return self._sketch(gradient_nV) if self._sketch else gradient_nV
+            return hashed(self._sketch, gradient_nV, self._scale_V)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pipeline.influence import CountSketch, SecondMoments, Span, adam_factors, saturation, seed_of
+from pipeline.influence import CountSketch, SecondMoments, Span, adam_factors, hashed, saturation, seed_of
 from pipeline.loss import IGNORE
 from pipeline.model import is_conv1d
 
@@ -37,11 +37,11 @@ class Weight:
 
     def keys(self, input_ND: Tensor) -> Tensor:
         """Layer inputs in the geometry of the optimizer, sketched."""
-        return _sketched(self.inputs, input_ND, self.input_scale_D)
+        return hashed(self.inputs, input_ND, self.input_scale_D)
 
     def feedback(self, gradient_NO: Tensor) -> Tensor:
         """Output gradients likewise."""
-        return _sketched(self.outputs, gradient_NO, self.output_scale_O)
+        return hashed(self.outputs, gradient_NO, self.output_scale_O)
 
 
 class LayerGradients:
@@ -220,7 +220,7 @@ class LayerGradients:
             if name not in self._embeddings:
                 self._add(moments, self._name[name], kept, weight.feedback(gradient_NO) / factor)
                 return
-            keys_NK = _sketched(weight.inputs, gradient_NO, weight.input_scale_D) / factor
+            keys_NK = hashed(weight.inputs, gradient_NO, weight.input_scale_D) / factor
             self._embedded_keys = kept, keys_NK
             columns_N, signs_N = weight.outputs.of(kept) if weight.outputs else (kept, None)
             scale_N = weight.output_scale_O[kept] if weight.output_scale_O is not None else None
@@ -244,9 +244,3 @@ class LayerGradients:
         else:
             assert weight.signs_KG is not None
             moment.index_add_(0, weight.place, (part_KG * weight.signs_KG).flatten().to(moment.dtype))
-
-
-def _sketched(sketch: CountSketch | None, values_NC: Tensor, scale_C: Tensor | None) -> Tensor:
-    if scale_C is not None:
-        values_NC = values_NC * scale_C.to(torch.promote_types(values_NC.dtype, torch.float32))
-    return sketch(values_NC) if sketch else values_NC.to(torch.promote_types(values_NC.dtype, torch.float32))

@@ -128,23 +128,32 @@ class CountSketch:
         self._signs_D = (torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0).to(device)
         self._offset = int(torch.randint(0, width, (), generator=generator))
 
-    def __call__(self, x_ND: Tensor, out_NW: Tensor | None = None, scale: float = 1.0) -> Tensor:
-        """(N, dim) -> (N, width), in float32 (float64 stays), times `scale`; added to `out_NW` where that is given."""
+    def __call__(self, x_ND: Tensor, out_NW: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
+        """(N, dim) -> (N, width), in float32 (float64 stays), of x times `scale`, one number or `dim`; added to
+        `out_NW` where that is given."""
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         if out_NW is None:
             out_NW = torch.zeros(len(x_ND), self.width, dtype=dtype, device=x_ND.device)
-        signs_D = self._signs_D.to(dtype)
+        signs_D = self._signs_D.to(dtype) * scale  # here, so that x is read once
         first, bucket = 0, self._offset
         while first < len(signs_D):
             count = min(self.width - bucket, len(signs_D) - first)
             part = slice(first, first + count)
-            out_NW[:, bucket : bucket + count].addcmul_(x_ND[:, part], signs_D[part], value=scale)
+            out_NW[:, bucket : bucket + count].addcmul_(x_ND[:, part], signs_D[part])
             first, bucket = first + count, 0
         return out_NW
 
     def of(self, coordinates_N: Tensor) -> tuple[Tensor, Tensor]:
         """Bucket and sign of each coordinate: what the sketch makes of that basis vector."""
         return (coordinates_N + self._offset) % self.width, self._signs_D[coordinates_N]
+
+
+def hashed(sketch: CountSketch | None, x_ND: Tensor, scale_D: Tensor | None) -> Tensor:
+    """x times the scale through the sketch; without one, that itself; in float32 at least."""
+    if sketch:
+        return sketch(x_ND, scale=1.0 if scale_D is None else scale_D)
+    x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+    return x_ND if scale_D is None else x_ND * scale_D.to(x_ND.dtype)
 
 
 class RunningMean:

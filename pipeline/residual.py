@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from pipeline.capture import LayerInputs
 from pipeline.config import SketchConfig
-from pipeline.influence import CountSketch, Means, Span, adam_factors, seed_of, unit_moments
+from pipeline.influence import CountSketch, Means, Span, adam_factors, hashed, seed_of, unit_moments
 from pipeline.model import final_norm, head_layer, is_conv1d
 
 
@@ -52,14 +52,14 @@ class ResidualMoments:
         if sketch:
             vocabulary, width = self._head.out_features, self._head.in_features
 
-            def hashed(what: str, full: int, kept: int) -> CountSketch | None:
+            def seeded(what: str, full: int, kept: int) -> CountSketch | None:
                 return CountSketch(full, kept, seed_of(seed, what), device) if kept < full else None
 
-            self._h, self._g = hashed("h", width, sketch.layers), hashed("g", vocabulary, sketch.gradients)
+            self._h, self._g = seeded("h", width, sketch.layers), seeded("g", vocabulary, sketch.gradients)
             # One weight, one hash; two weights that share the places, two.
             self._e, self._x = self._h, self._g
             if not self._tied:
-                self._e, self._x = hashed("e", width, sketch.layers), hashed("x", vocabulary, sketch.gradients)
+                self._e, self._x = seeded("e", width, sketch.layers), seeded("x", vocabulary, sketch.gradients)
         self._head_V: Tensor | None = None
         self._head_D: Tensor | None = None
         self._words_V: Tensor | None = None
@@ -98,7 +98,7 @@ class ResidualMoments:
         first, self._tokens = self._tokens, self._tokens + len(gradient_nV)
         scale_n1 = self._inverse_sigma_N1[first : self._tokens]
         residual_nK = (gradient_nV @ self._projection_VK.to(gradient_nV.dtype)) * scale_n1
-        return torch.cat([_hash(self._g, _scaled(gradient_nV, self._head_V)), residual_nK], dim=1)
+        return torch.cat([hashed(self._g, gradient_nV, self._head_V), residual_nK], dim=1)
 
     def take_moments(self, feedback: Tensor, spans: list[Span]) -> Tensor:
         """(U, numbers of both parts)."""
@@ -137,19 +137,10 @@ class ResidualMoments:
     @torch.no_grad()
     def _unembedded(self, head: nn.Linear, args: tuple[Tensor, ...], _: Tensor) -> None:
         with self._timed():
-            self._head_keys_NK = _hash(self._h, _scaled(args[0].detach().flatten(0, -2), self._head_D))
+            self._head_keys_NK = hashed(self._h, args[0].detach().flatten(0, -2), self._head_D)
             weight_VD = _at_least_float32(head.weight.detach()) * self._gain_D
-            self._projection_VK = _hash(self._e, _scaled(weight_VD, self._words_D))
+            self._projection_VK = hashed(self._e, weight_VD, self._words_D)
             self._tokens = 0
-
-
-def _hash(sketch: CountSketch | None, values_NC: Tensor) -> Tensor:
-    return sketch(values_NC) if sketch else values_NC
-
-
-def _scaled(values_NC: Tensor, scale_C: Tensor | None) -> Tensor:
-    values_NC = _at_least_float32(values_NC)
-    return values_NC if scale_C is None else values_NC * scale_C.to(values_NC.dtype)
 
 
 def _at_least_float32(tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.influence import CountSketch, SquaredGradient, influence_scores, unit_moments
+from pipeline.influence import CountSketch, SquaredGradient, hashed, influence_scores, unit_moments
 from tests.reference import quadruple_loop
 
 
@@ -73,6 +73,20 @@ def test_sketch_as_wide_as_its_input_is_exact():
     x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
     y = CountSketch(10, 16, 3, torch.device("cpu"))(x)
     torch.testing.assert_close(y @ y.T, x @ x.T)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_on_the_way_is_one_before(width, dtype):
+    """Catches a scale by bucket instead of by coordinate, one taken in low precision, and one that stays."""
+    generator = torch.Generator().manual_seed(2)
+    x, scale = torch.randn(5, 8, generator=generator).to(dtype), torch.rand(8, generator=generator) * 10
+    sketch = CountSketch(8, width, 7, torch.device("cpu"))
+    expected = sketch(x.float() * scale)
+    torch.testing.assert_close(hashed(sketch, x, scale), expected)
+    torch.testing.assert_close(hashed(None, x, scale), x.float() * scale)
+    torch.testing.assert_close(sketch(x, torch.ones(5, width), scale * 2), 1 + 2 * expected)
+    torch.testing.assert_close(hashed(sketch, x, None), sketch(x.float()))
 
 
 def test_sketch_does_not_advance_the_models_generator():
