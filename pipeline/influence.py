@@ -128,13 +128,15 @@ class CountSketch:
         self._signs_D = (torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0).to(device)
         self._offset = int(torch.randint(0, width, (), generator=generator))
 
-    def __call__(self, x_ND: Tensor, out_NW: Tensor | None = None, scale: float | Tensor = 1.0) -> Tensor:
-        """(N, dim) -> (N, width), in float32 (float64 stays), of x times `scale`, one number or `dim`; added to
+    def __call__(self, x_ND: Tensor, out_NW: Tensor | None = None, scale: float | Tensor | None = None) -> Tensor:
+        """(N, dim) -> (N, width), in float32 (float64 stays), of x or x times `scale`, one number or `dim`; added to
         `out_NW` where that is given."""
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         if out_NW is None:
             out_NW = torch.zeros(len(x_ND), self.width, dtype=dtype, device=x_ND.device)
-        signs_D = self._signs_D.to(dtype) * scale  # here, so that x is read once
+        signs_D = self._signs_D.to(dtype)
+        if scale is not None:
+            signs_D = signs_D * scale  # not x, which is read once like this
         first, bucket = 0, self._offset
         while first < len(signs_D):
             count = min(self.width - bucket, len(signs_D) - first)
@@ -151,7 +153,7 @@ class CountSketch:
 def hashed(sketch: CountSketch | None, x_ND: Tensor, scale_D: Tensor | None) -> Tensor:
     """x times the scale through the sketch; without one, that itself; in float32 at least."""
     if sketch:
-        return sketch(x_ND, scale=1.0 if scale_D is None else scale_D)
+        return sketch(x_ND, scale=scale_D)
     x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
     return x_ND if scale_D is None else x_ND * scale_D.to(x_ND.dtype)
 

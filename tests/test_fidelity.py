@@ -198,6 +198,7 @@ def test_shapley_values_are_of_a_step_at_the_checkpoints_own_learning_rate(
 def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_run, tmp_path):
     """Catches the exact scores of another estimator, or with the own term in where it is out."""
     config = replace(adam_run(3), run_dir=str(tmp_path / "new"))
+    config = replace(config, influence=replace(config.influence, sketch=SketchConfig(32, 150, 16)))
     chosen = {"estimators": ["lli", "ghost", "random"], "references": ["exact"], "checkpoints": None}
     rows = measure(replace(config, fidelity=replace(config.fidelity, **chosen)))["rows"]
     assert [(row["estimator"], row["own_term"]) for row in rows] == [

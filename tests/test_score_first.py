@@ -83,11 +83,12 @@ def test_decisions_and_weights_are_those_of_one_pass(ranks, score_first, stage, 
 def test_ranks_train_on_equally_many_and_on_nothing_that_is_dropped(ranks, score_first):
     """8 sequences a step, half dropped, wherever they were read. Catches a backward of what was dropped, and a rank
     that trains on all while the others wait."""
-    config = score_first(accumulation=2, max_steps=4, **DROP_HALF)
-    assert ranks(trained_rows, config) == [[2] * 4] * 2
+    config = score_first(accumulation=2, max_steps=8, **DROP_HALF)
+    assert ranks(trained_rows, config) == [[2] * 8] * 2
     kept = ledger.read(config.run_dir).filter(pc.field("kept"))
-    assert len(kept) == 16
-    assert kept["rank"].to_pylist().count(0) != 8
+    assert len(kept) == 32
+    of_rank_0 = kept.filter(pc.field("rank") == 0)["step"].to_pylist()
+    assert {of_rank_0.count(step) for step in range(1, 9)} != {2}
 
 
 def test_where_nothing_is_kept_anywhere_the_weights_stay(ranks, score_first, tiny_model):
