@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.influence import CountSketch, seed_of
+from pipeline.model import layer_shape
 
 
 class LayerInputs:
@@ -27,11 +28,15 @@ class LayerInputs:
         layers: Mapping[str, nn.Module],
         width: int | None,
         seed: int,
+        device: torch.device,
         timed: Callable[[], AbstractContextManager] = nullcontext,
     ) -> None:
-        self._layers, self._width, self._seed, self._timed = layers, width, seed, timed
+        self._layers, self._width, self._timed = layers, width, timed
         self.names = list(layers)
         self._sketches: dict[str, CountSketch] = {}
+        if width is not None:
+            for name, layer in layers.items():
+                self._sketches[name] = CountSketch(layer_shape(layer)[0], width, seed_of(seed, name), device)
         self.scales: dict[str, Tensor] = {}
         """What multiplies a layer's input, (D,), by its name; 1 where there is none."""
         self.weights: dict[str, float] = {}
@@ -97,15 +102,8 @@ class LayerInputs:
             else:
                 if not self._keys:
                     self._keys.append(input_ND.new_zeros(len(input_ND), self._width, dtype=_at_least_float32(input_ND)))
-                self._sketch_of(name, input_ND)(input_ND, self._keys[0], scale)
+                self._sketches[name](input_ND, self._keys[0], scale)
         self._shared, self._readers = None, []
-
-    def _sketch_of(self, name: str, input_ND: Tensor) -> CountSketch:
-        assert self._width is not None
-        if name not in self._sketches:
-            seed = seed_of(self._seed, name)
-            self._sketches[name] = CountSketch(input_ND.shape[1], self._width, seed, input_ND.device)
-        return self._sketches[name]
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

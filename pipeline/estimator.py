@@ -95,7 +95,7 @@ class Estimator:
         width = None if sketch == "none" else sketch.inputs
         if sketch != "none" and sketch.gradients < head.out_features:
             self._sketch = CountSketch(head.out_features, sketch.gradients, seed_of(seed, "logits"), device)
-        self._inputs = LayerInputs(layers, width, seed, partial(timed, "layer inputs"))
+        self._inputs = LayerInputs(layers, width, seed, device, partial(timed, "layer inputs"))
         names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
         self._weights = {layer: (names[id(module.weight)], is_conv1d(module)) for layer, module in layers.items()}
         self._head = name

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pipeline.influence import CountSketch, SecondMoments, Span, adam_factors, hashed, saturation, seed_of
 from pipeline.loss import IGNORE
-from pipeline.model import is_conv1d
+from pipeline.model import is_conv1d, layer_shape
 
 
 @dataclass
@@ -88,8 +88,7 @@ class LayerGradients:
         self.size = 0 if widths is None else widths[0] * widths[1]
         for module, found in modules.items():
             name, transposed = self._name[module], not is_conv1d(found)
-            rows, columns = getattr(found.weight, "ds_shape", found.weight.shape)
-            inputs, outputs = (columns, rows) if transposed else (rows, columns)
+            inputs, outputs = layer_shape(found)
             if name in self._weights:
                 continue
             if widths is None:

@@ -97,6 +97,12 @@ def blocks(model: PreTrainedModel) -> nn.ModuleList:
     raise ValueError(f"{type(model).__name__} has no list of {model.config.num_hidden_layers} blocks")
 
 
+def layer_shape(module: Any) -> tuple[int, int]:
+    """Inputs and outputs of a layer (or of a word embedding: width and vocabulary), also where ZeRO-3 holds a part."""
+    rows, columns = getattr(module.weight, "ds_shape", module.weight.shape)
+    return (rows, columns) if is_conv1d(module) else (columns, rows)
+
+
 def is_conv1d(module: nn.Module) -> bool:
     """Whether a linear map stores its weight as (inputs, outputs), as GPT-2's do."""
     return isinstance(module, Conv1D)

@@ -190,7 +190,7 @@ def plan(config: Config) -> dict[str, Any]:
         if own.influence.precondition == "adam_state":
             means = {weight: _means(shape) for weight, shape in _matrices(model).items()}
             with Reckoning(model):  # answers for values that are not there
-                estimator.precondition(SecondMoments(means, 0.999, 1000))
+                estimator.precondition(SecondMoments(means, 0.999, 1000))  # of any decay: what is counted is the same
             numbers = sum(sum(shape) + 1 for shape in _matrices(model).values())
             read = numbers / own.influence.adam_every_steps / cluster.accumulation
         # ZeRO-3's own linear function saves what it needs after its product: a block is recomputed to its end.

@@ -43,7 +43,7 @@ class ResidualMoments:
         name, self._head = head_layer(model)
         self._words, self._norm = model.get_input_embeddings(), final_norm(model)
         self._body = {layer: module for layer, module in layers.items() if layer != name}
-        self.inputs = LayerInputs(self._body, sketch.inputs if sketch else None, seed, timed)
+        self.inputs = LayerInputs(self._body, sketch.inputs if sketch else None, seed, device, timed)
         names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
         self._name = {layer: names[id(module.weight)] for layer, module in self._body.items()}
         self._of_head, self._of_words = names[id(self._head.weight)], names[id(self._words.weight)]

@@ -7,7 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Config, parse
+from pipeline.config import Config, InfluenceConfig, parse
+from pipeline.data import Batch
+from pipeline.estimator import Estimator
+from pipeline.influence import SecondMoments
+from pipeline.loss import token_losses
+from pipeline.timing import Stopwatch
 from pipeline.train import train
 
 LEARNING_RATE = 0.5
@@ -47,6 +52,30 @@ def config_of(corpus: Path, run_dir: Path, model: Path, deepspeed: Path, **overr
         "seed": 3,
     } | {key.replace("__", "."): value for key, value in overrides.items()}
     return parse("pipeline.train", [f"--{key}={value}" for key, value in options.items()])
+
+
+def ghost_scores(
+    influence: InfluenceConfig,
+    model: Any,
+    batch: Batch,
+    seed: int,
+    second: SecondMoments | None = None,
+    step_tokens: float | None = None,
+    factor: float = 1.0,
+) -> torch.Tensor:
+    """What one plain process scores in its backward, of the loss times `factor`; (U,)."""
+    cpu = torch.device("cpu")
+    estimator = Estimator(influence, model, seed, cpu, Stopwatch(cpu))
+    if second:
+        estimator.precondition(second)
+    with estimator.capture():
+        logits = model(input_ids=batch.input_ids_BT, use_cache=False).logits
+        losses, feedback = token_losses(logits, batch.labels_BT, estimator.visit)
+    estimator.watch(batch, losses, step_tokens)
+    (losses.sum() * factor).backward()
+    model.zero_grad()
+    estimator.add(batch, losses.detach(), feedback)
+    return estimator.scores()[0].scores_U
 
 
 def run(config: Config) -> None:

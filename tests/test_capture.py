@@ -29,7 +29,7 @@ def test_exact_keys_count_every_module_that_reads_an_input(kind):
     """Catches a shared q, k, v input that counts once, or sqrt(3) times, instead of three times."""
     model = tiny(kind)
     layers = linear_layers(model)
-    inputs = LayerInputs(layers, None, seed=0)
+    inputs = LayerInputs(layers, None, seed=0, device=torch.device("cpu"))
     with inputs:
         model(input_ids=IDS)
     keys = inputs.take_keys()
@@ -50,7 +50,7 @@ def test_sketched_keys_estimate_the_exact_ones():
     expected = sum(x @ x.T for x in inputs_by_hand(model, layers).values())
     estimates = []
     for seed in range(300):
-        inputs = LayerInputs(layers, 32, seed=seed)
+        inputs = LayerInputs(layers, 32, seed=seed, device=torch.device("cpu"))
         with inputs, torch.no_grad():
             model(input_ids=IDS)
         keys = inputs.take_keys()
@@ -62,11 +62,11 @@ def test_sketched_keys_estimate_the_exact_ones():
 
 def test_recomputation_under_activation_checkpointing_is_not_recorded_again():
     model = tiny("llama").train()
-    plain = LayerInputs(linear_layers(model), 32, seed=0)
+    plain = LayerInputs(linear_layers(model), 32, seed=0, device=torch.device("cpu"))
     with plain:
         model(input_ids=IDS)
     model.activation_checkpointing_enable({"use_reentrant": False})
-    checkpointed = LayerInputs(linear_layers(model), 32, seed=0)
+    checkpointed = LayerInputs(linear_layers(model), 32, seed=0, device=torch.device("cpu"))
     with checkpointed:
         logits = model(input_ids=IDS).logits
     keys = checkpointed.take_keys()
@@ -78,7 +78,7 @@ def test_recomputation_under_activation_checkpointing_is_not_recorded_again():
 
 def test_nothing_is_left_on_the_model_even_after_an_error():
     model = tiny("llama")
-    inputs = LayerInputs(linear_layers(model), None, seed=0)
+    inputs = LayerInputs(linear_layers(model), None, seed=0, device=torch.device("cpu"))
     with pytest.raises(RuntimeError, match="boom"), inputs:
         raise RuntimeError("boom")
     assert not any(module._forward_pre_hooks for module in model.modules())
@@ -87,7 +87,7 @@ def test_nothing_is_left_on_the_model_even_after_an_error():
 def test_norms_are_root_mean_squares_over_tokens():
     model = tiny("llama")
     layers = linear_layers(model)
-    inputs = LayerInputs(layers, None, seed=0)
+    inputs = LayerInputs(layers, None, seed=0, device=torch.device("cpu"))
     with inputs:
         model(input_ids=IDS)
     for name, x in inputs_by_hand(model, layers).items():

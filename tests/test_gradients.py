@@ -12,6 +12,7 @@ from pipeline.loss import IGNORE, token_losses
 from pipeline.shapley import Adam
 from pipeline.timing import Stopwatch
 from tests.models import VOCABULARY, larger
+from tests.runs import ghost_scores
 
 CPU = torch.device("cpu")
 SAMPLES, TOKENS = 4, 10
@@ -34,19 +35,9 @@ def batch_of(seed: int = 0, samples: int = SAMPLES, words: int = VOCABULARY) -> 
     return Batch(ids, labels, [Unit(i, i, (i * TOKENS, (i + 1) * TOKENS), [i], "-") for i in range(samples)])
 
 
-def scores(model, batch: Batch, factor: float = 1.0, means=None, step_tokens=None, **options) -> Tensor:
-    config = InfluenceConfig(estimator="ghost", **options)
-    estimator = Estimator(config, model, 3, CPU, Stopwatch(CPU))
-    if means:
-        estimator.precondition(SecondMoments(means, 0.95, 3))
-    with estimator.capture():
-        logits = model(input_ids=batch.input_ids_BT, use_cache=False).logits
-        losses, feedback = token_losses(logits, batch.labels_BT, estimator.visit)
-    estimator.watch(batch, losses, step_tokens)
-    (losses.sum() * factor).backward()
-    model.zero_grad()
-    estimator.add(batch, losses.detach(), feedback)
-    return estimator.scores()[0].scores_U
+def scores(model, batch: Batch, factor: float = 1.0, means=None, step_tokens=None, seed: int = 3, **options) -> Tensor:
+    second = SecondMoments(means, 0.95, 3) if means else None
+    return ghost_scores(InfluenceConfig(estimator="ghost", **options), model, batch, seed, second, step_tokens, factor)
 
 
 def agree(got: Tensor, expected: Tensor) -> bool:
@@ -180,17 +171,8 @@ def test_sketched_ghost_is_unbiased(kind):
     """Over seeds, the mean comes close to the exact score. Catches places or signs that head and body share."""
     model, batch = larger(kind).double(), batch_of()
     exact = scores(model, batch, sketch="none", include_self=False)
-    drawn = []
-    for seed in range(40):
-        estimator_config = SketchConfig(inputs=1, gradients=128, layers=12)
-        config = InfluenceConfig(estimator="ghost", sketch=estimator_config, include_self=False)
-        estimator = Estimator(config, model, seed, CPU, Stopwatch(CPU))
-        with estimator.capture():
-            losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
-        estimator.watch(batch, losses, None)
-        losses.sum().backward()
-        estimator.add(batch, losses.detach(), feedback)
-        drawn.append(estimator.scores()[0].scores_U)
+    sketch = SketchConfig(inputs=1, gradients=128, layers=12)
+    drawn = [scores(model, batch, seed=seed, sketch=sketch, include_self=False) for seed in range(40)]
     drawn = torch.stack(drawn)
     error = (drawn.mean(0) - exact).abs()
     assert (error < 4 * drawn.std(0) / len(drawn) ** 0.5).all()

@@ -58,8 +58,7 @@ def test_what_is_reckoned_is_what_real_steps_count(ranks, tiny_model, tmp_path, 
         assert own["scoring_gflop"] == pytest.approx(real["scoring_gflop"], rel=1e-9), name
         assert own["scoring_flop_ratio"] == pytest.approx(real["scoring_flop_ratio"], rel=1e-12), name
         elements = "scoring_other_giga_elements"
-        # The plan's first forward draws the layers' signs, which real steps have; the ledger sums a few numbers, too.
-        assert own[elements] == pytest.approx(real[elements], rel=0.02, abs=1e-6), name
+        assert own[elements] == pytest.approx(real[elements], rel=0.02, abs=1e-7), name  # the ledger sums a few, too
         # `ghost` also agrees on two numbers a micro-batch.
         few = 32 if name.startswith("ghost") else 0
         assert 0 <= real["bytes_per_micro_batch"] - own["bytes_per_micro_batch"] <= few, name

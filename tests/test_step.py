@@ -20,10 +20,9 @@ from pipeline.influence import SecondMoments
 from pipeline.loss import IGNORE, token_losses
 from pipeline.model import load_model
 from pipeline.prepare import load_split
-from pipeline.timing import Stopwatch
 from pipeline.train import train
 from tests.reference import token_pair_moments
-from tests.runs import ADAM, LEARNING_RATE, config_of, deepspeed_json, largest_difference, run, weights
+from tests.runs import ADAM, LEARNING_RATE, config_of, deepspeed_json, ghost_scores, largest_difference, run, weights
 
 CPU = torch.device("cpu")
 BF16 = {"bf16": {"enabled": True}}
@@ -240,17 +239,9 @@ def test_own_terms_saturate_by_all_tokens_of_the_optimizer_step(ranks, corpus, t
     tokens = sum(float((batch.labels_BT != IGNORE).sum()) for batch in second)
 
     def expected(step_tokens: float) -> Tensor:
-        scores = []
-        for batch in second:
-            estimator = estimator_module.Estimator(config.influence, model, config.seed, CPU, Stopwatch(CPU))
-            estimator.precondition(SecondMoments(means, 0.95, 1))
-            with estimator.capture():
-                losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
-            estimator.watch(batch, losses, step_tokens)
-            losses.sum().backward()
-            estimator.add(batch, losses.detach(), feedback)
-            scores.append(estimator.scores()[0].scores_U)
-        return torch.stack(scores)
+        moments = SecondMoments(means, 0.95, 1)
+        scored = [ghost_scores(config.influence, model, part, config.seed, moments, step_tokens) for part in second]
+        return torch.stack(scored)
 
     right, wrong = ((found - expected(count)).abs().max() for count in (tokens, tokens / 2))
     assert right < 0.02 * wrong
