@@ -12,7 +12,7 @@ if ! python -c 'import sys, torch; sys.exit(not torch.accelerator.is_available()
   echo "gpu_check: torch sees no accelerator here; launch/benchmark_125m.yaml runs on CPUs" >&2
   exit 2
 fi
-timeout 100 python -m pytest -q tests/test_device.py
+timeout 100 python -m pytest -q tests/end_to_end/test_device.py
 timeout 240 python -m pipeline.verify invariance --config launch/quickstart_pretrain.yaml --steps 2 --only ZeRO \
   --influence.estimator lai --run_dir runs/gpu_check/invariance
 exec timeout 240 deepspeed --num_accelerators 1 --module pipeline.benchmark --config launch/benchmark_125m.yaml \

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The main job under Slurm, one task a rank. NOT RUN HERE: no Slurm was at hand (the mapping of SLURM_* to ranks is
-# pipeline.engine.join_process_group). srun starts the ranks itself; `deepspeed --launcher slurm` drops --module.
+# pipeline.engine.launch.join_process_group). srun starts the ranks itself; `deepspeed --launcher slurm` drops --module.
 #   sbatch launch/slurm.sh launch/quickstart.yaml [--influence.estimator lli ...]     from the project's root
 #SBATCH --job-name=lai
 # Edit: hosts.

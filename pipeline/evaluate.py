@@ -6,107 +6,19 @@ deepspeed --module pipeline.evaluate --config FILE.yaml --resume auto           
 """
 
 import json
-import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import datasets
-import numpy as np
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from transformers import PreTrainedModel
 
-from pipeline import collectives, engine
-from pipeline.checkpoint import find_checkpoint
-from pipeline.checks import read_deepspeed_config
-from pipeline.config import Config, exit_on_user_error, parse
-from pipeline.data import PADDING
-from pipeline.loss import IGNORE, token_losses
-from pipeline.model import load_model
-from pipeline.prepare import ensure_prepared, load_report, load_split
-
-
-@torch.no_grad()
-def evaluate(
-    logits_of: Callable[[Tensor], Tensor],
-    rows: datasets.Dataset,
-    sizes: dict[str, dict[str, int]],
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, Any]:
-    """Loss over all `rows`, shared among the ranks: {"all": figures, "subsets": {subset: figures}}, of the subsets that
-    have tokens in them.
-
-    `logits_of` maps input_ids_BT to logits_BTV. A token's loss counts for its own document's subset. Figures: `loss`
-    in nats per token, `perplexity` = exp(loss), `bits_per_byte` = loss / ln 2 * tokens / bytes (The Pile,
-    arXiv 2101.00027, section 3.1) with the `tokens` and UTF-8 `bytes` of the subset's documents from `sizes`, and
-    `tokens`, how many were predicted. Collective: every rank runs as many forwards as every other, whatever its share.
-    """
-    names = sorted(sizes)
-    number = {name: index for index, name in enumerate(names)}
-    totals_S2 = torch.zeros(len(names), 2, dtype=torch.float64, device=device)
-    world, rank = collectives.world_size(), collectives.rank()
-    rows = rows.with_format("numpy")
-    for start in range(0, len(rows), world * batch_size):
-        mine = range(start + rank * batch_size, min(start + (rank + 1) * batch_size, len(rows)))
-        # A rank that has run out still takes part in ZeRO-3's gathering; its row counts for nothing.
-        batch = rows[list(mine) or [0]]
-        ids_BT = torch.from_numpy(np.stack(batch["input_ids"]).astype(np.int64))
-        documents_BT = np.stack(batch["document_ids"])
-        subsets_BT = np.zeros_like(documents_BT)
-        for subsets_T, documents_T, subsets in zip(subsets_BT, documents_BT, batch["subset"], strict=True):
-            changes_T = np.cumsum(np.diff(documents_T, prepend=documents_T[0]) != 0)
-            padded = [number[name] for name in subsets] + [0]
-            subsets_T[:] = np.take(padded, changes_T)
-        labels_BT = torch.full_like(ids_BT, IGNORE)
-        if mine:
-            labels_BT[:, :-1] = ids_BT[:, 1:].where(torch.from_numpy(documents_BT[:, 1:] != PADDING), IGNORE)
-        subset_BT = torch.from_numpy(np.roll(subsets_BT, -1, axis=1)).to(device)
-        ids_BT, labels_BT = ids_BT.to(device), labels_BT.to(device)
-        losses_BT, _ = token_losses(logits_of(ids_BT), labels_BT)
-        labelled_BT = labels_BT != IGNORE
-        pairs_N2 = torch.stack([losses_BT, labelled_BT.to(losses_BT.dtype)], dim=-1).flatten(0, 1).double()
-        totals_S2.index_add_(0, subset_BT.flatten(), pairs_N2)
-    totals_S2 = collectives.all_reduce_sum(totals_S2).cpu()
-    loss, tokens = totals_S2.sum(0).tolist()
-    return {
-        "all": _figures(loss, tokens, list(sizes.values())),
-        "subsets": {
-            name: _figures(loss, tokens, [sizes[name]])
-            for name, (loss, tokens) in zip(names, totals_S2.tolist(), strict=True)
-            if tokens
-        },
-    }
-
-
-def evaluate_engine(ds_engine: engine.DeepSpeedEngine, config: Config) -> dict[str, Any] | None:
-    """Held-out figures of the model in training, at any ZeRO stage; None where nothing is held out. Collective."""
-    if config.data.eval_files is None:
-        return None
-    ds_engine.eval()
-    figures = evaluate(
-        lambda ids_BT: ds_engine(input_ids=ids_BT, use_cache=False).logits,
-        load_split(config.data.prepared_dir, "eval"),
-        load_report(config.data.prepared_dir)["eval"]["subsets"],
-        ds_engine.train_micro_batch_size_per_gpu(),
-        ds_engine.device,
-    )
-    ds_engine.train()
-    return figures
-
-
-def _figures(loss: float, tokens: float, sizes: list[dict[str, int]]) -> dict[str, float]:
-    mean = loss / tokens
-    tokens_per_byte = sum(size["tokens"] for size in sizes) / sum(size["bytes"] for size in sizes)
-    return {
-        "loss": mean,
-        "perplexity": math.exp(min(mean, 700.0)),
-        "bits_per_byte": mean / math.log(2) * tokens_per_byte,
-        "tokens": int(tokens),
-    }
+from pipeline.config.cli import exit_on_user_error, parse
+from pipeline.config.deepspeed_json import read_deepspeed_config
+from pipeline.data.prepared import ensure_prepared, load_report, load_split
+from pipeline.engine import collectives, launch
+from pipeline.engine.checkpoint_files import load_weights
+from pipeline.engine.checkpoints import find_checkpoint
+from pipeline.models.load import load_model
+from pipeline.training.evaluation import evaluate
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -115,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
         if config.data.eval_files is None:
             raise ValueError("data.eval_files is not set: there is nothing to evaluate on")
         ensure_prepared(config)
-        device = engine.join_process_group()
+        device = launch.join_process_group()
         checkpoint = collectives.broadcast(find_checkpoint(config) if collectives.rank() == 0 else None)
         model = load_model(config.model, config.seed).eval()
         if checkpoint:
@@ -133,14 +45,6 @@ def main(argv: list[str] | None = None) -> None:
         print_figures(name, figures)
         print(json.dumps({"model": name, **figures}))
     collectives.leave()
-
-
-def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
-    """Raises ValueError where the weights in `checkpoint` are not this model's; tied ones may be there once."""
-    missing, unexpected = model.load_state_dict(engine.checkpoint_weights(checkpoint), strict=False)
-    left = sorted(set(missing) - set(model.all_tied_weights_keys)) + unexpected
-    if left:
-        raise ValueError(f"{checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}")
 
 
 def print_figures(title: str, figures: dict[str, Any]) -> None:

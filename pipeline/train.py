@@ -7,21 +7,23 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from pipeline import collectives, engine
-from pipeline.checkpoint import Progress, find_checkpoint, identity_of, move_aside, publish, refuse_foreign
-from pipeline.checks import read_deepspeed_config
-from pipeline.config import Config, exit_on_user_error, parse
-from pipeline.data import Samples
-from pipeline.estimator import Estimator
-from pipeline.evaluate import evaluate_engine
-from pipeline.export import finish
-from pipeline.fingerprint import startup_identity
-from pipeline.model import load_model
-from pipeline.observe import Recorder, print_summary
-from pipeline.preflight import rehearse
-from pipeline.prepare import ensure_prepared, load_fingerprint, load_split
-from pipeline.step import Step
-from pipeline.timing import Stopwatch
+from pipeline.config.cli import exit_on_user_error, parse
+from pipeline.config.deepspeed_json import read_deepspeed_config
+from pipeline.config.schema import Config
+from pipeline.config.timing import Stopwatch
+from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_split
+from pipeline.data.samples import Samples
+from pipeline.engine import collectives, deepspeed_engine, launch, lost_contact
+from pipeline.engine.agreement import startup_identity
+from pipeline.engine.checkpoints import Progress, find_checkpoint, identity_of, move_aside, publish, refuse_foreign
+from pipeline.influence.estimator import Estimator
+from pipeline.models.load import load_model
+from pipeline.record.recorder import Recorder
+from pipeline.record.summary import print_summary
+from pipeline.training.dry_run import rehearse
+from pipeline.training.evaluation import evaluate_engine
+from pipeline.training.export import finish
+from pipeline.training.step import Step
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -32,22 +34,24 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     end = until or config.max_steps
     with exit_on_user_error("pipeline.train"):
         ensure_prepared(config)
-        device = engine.join_process_group()
+        device = launch.join_process_group()
         rank, world = collectives.rank(), collectives.world_size()
         collectives.agree(startup_identity(config))
         checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
         deepspeed_config = read_deepspeed_config(config)
         if checkpoint:
-            deepspeed_config = engine.config_to_load(checkpoint, identity_of(checkpoint)["engine"], deepspeed_config)
+            deepspeed_config = deepspeed_engine.config_to_load(
+                checkpoint, identity_of(checkpoint)["engine"], deepspeed_config
+            )
         samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
         model = load_model(config.model, config.seed, deepspeed_config)
         timed = Stopwatch(device)
         estimator = Estimator(config.influence, model, config.seed, device, timed)
-        ds_engine = engine.initialize(model, deepspeed_config)
+        ds_engine = deepspeed_engine.initialize(model, deepspeed_config)
         identity = {
             "seed": config.seed,
             "unit": config.influence.unit,
-            "engine": engine.identity(ds_engine),
+            "engine": deepspeed_engine.identity(ds_engine),
             "dataset": load_fingerprint(config.data.prepared_dir),
         }
         reference = None
@@ -57,7 +61,7 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         progress = Progress(0, 0, {}, {})
         if checkpoint:
             refuse_foreign(checkpoint, identity)
-            progress = Progress(**engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
+            progress = Progress(**deepspeed_engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
             estimator.load_state_dict(progress.estimator)
 
     recorder = None
@@ -84,7 +88,7 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
             scalars = {
                 "train/lr": learning_rate,
                 "train/skipped_steps": ds_engine.skipped_steps,
-                "train/memory_gb": engine.peak_memory() / 1e9,
+                "train/memory_gb": deepspeed_engine.peak_memory() / 1e9,
             }
             recorder.step(step, outcome, take.size * world, scalars, timed.read(), estimator.norms())
         progress.step, progress.position = step, progress.position + take.size * world * take.accumulation
@@ -96,7 +100,7 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         if step % config.checkpoint.every_steps == 0 or ending:
             progress.estimator = estimator.state_dict()
             checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
-            engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
+            deepspeed_engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
             if recorder:
                 # Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the
                 # other way round it would lose them.
@@ -136,7 +140,7 @@ class StopSignal:
 
 def main(argv: list[str] | None = None) -> None:
     config = parse("pipeline.train", argv)
-    with collectives.exit_on_lost_contact("pipeline.train"):
+    with lost_contact.exit_on_lost_contact("pipeline.train"):
         if config.dry_run:
             with exit_on_user_error("pipeline.train"):
                 rehearse(config, train)

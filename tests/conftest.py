@@ -19,7 +19,7 @@ os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from tests.distributed import Ranks
-from tests.models import VOCABULARY, save_tiny
+from tests.tiny_models import VOCABULARY, save_tiny
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config import Config, DataConfig, ModelConfig
+from pipeline.config.schema import Config, DataConfig, ModelConfig
 
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {}}

@@ -55,10 +55,10 @@ def _serve(rank: int, world_size: int, port: int, tasks: Any, results: Any) -> N
     os.environ |= {name: str(value) for name, value in names.items()}
     import torch
 
-    from pipeline import engine
+    from pipeline.engine import launch
 
     torch.set_num_threads(1)
-    engine.join_process_group()
+    launch.join_process_group()
     while True:
         function, args = tasks.get()
         try:

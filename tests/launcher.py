@@ -7,7 +7,8 @@ from pathlib import Path
 
 import psutil
 
-from pipeline.config import Config, to_yaml
+from pipeline.config.cli import to_yaml
+from pipeline.config.schema import Config
 
 ROOT = Path(__file__).parents[1]
 

@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Config, InfluenceConfig, parse
-from pipeline.data import Batch
-from pipeline.estimator import Estimator
-from pipeline.influence import SecondMoments
-from pipeline.loss import token_losses
-from pipeline.timing import Stopwatch
+from pipeline.config.cli import parse
+from pipeline.config.schema import Config, InfluenceConfig
+from pipeline.config.timing import Stopwatch
+from pipeline.data.batch import Batch
+from pipeline.influence.estimator import Estimator
+from pipeline.models.second_moments import SecondMoments
+from pipeline.tasks.causal_lm import token_losses
 from pipeline.train import train
 
 LEARNING_RATE = 0.5

@@ -1,0 +1,269 @@
+"""The run config: one typed, frozen tree, read from YAML plus dotted overrides, checked before any process group.
+
+Batch sizes, accumulation, precision, optimizer and ZeRO live in the DeepSpeed JSON only and are never repeated here.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from pipeline.config.rules import BUILTIN, FIDELITY_ESTIMATORS, check
+
+TRAIN_TOKENIZER = "train"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name_or_path: str
+    """The causal LM: a hub id or a local directory to continue from, or a model config (`*.json`) to start from
+    scratch."""
+    tokenizer: str | None = None
+    """Hub id or local directory of the tokenizer; `train` trains a byte-level BPE of the model's vocabulary size on
+    the training files. Default: the one that belongs to `name_or_path`."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward instead of keeping them."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    prepared_dir: str
+    """Directory of the tokenized, packed, memory-mapped dataset; made by `pipeline.prepare` where it is missing."""
+    train_files: str | list[str] = BUILTIN
+    """What to train on: paths or globs (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.txt`, `.parquet`), a hub id
+    (`owner/name` or `owner/name:split`, default split train), or `builtin`: the text that every Python installation
+    carries."""
+    eval_files: str | list[str] | None = None
+    """Held-out documents, in the same forms; `builtin` holds out a twentieth of its documents. Default: none."""
+    reference_files: str | list[str] | None = None
+    """Documents whose loss counts with `influence.reference: validation`, in the same forms. Others than `eval_files`,
+    or these no longer tell what was gained. Default: none."""
+    sequence_length: int = 1024
+    """Tokens per packed sequence."""
+    text_field: str = "text"
+    """Field of a record that holds its text, dotted where nested."""
+    subset_field: str = "meta.pile_set_name"
+    """Field of a record that names its subset, dotted where nested; a record without it belongs to subset `-`."""
+    max_sequences: int | None = None
+    """Stop preparing after this many training sequences (a hub corpus is streamed only so far). Default: all."""
+    max_eval_sequences: int | None = None
+    """The same for the held-out sequences, and for those of `reference_files`. Default: all."""
+    max_bad_fraction: float = 0.001
+    """Refuse the files when a larger fraction of their records is malformed, undecodable, empty or without text.
+    Fewer are left out, counted, and reported with file and line."""
+    seed: int | None = None
+    """Seeds the order of the documents and the planted noise while preparing. Default: `seed`; set it where runs of
+    several seeds share one `prepared_dir`."""
+    planted_noise: float = 0.0
+    """Fraction of the training sequences replaced by planted noise while preparing, to measure whether it is found (an
+    experiment: never for real training). Equal shares of random tokens, shuffled tokens, one repeated 8-gram and, with
+    `planted_foreign_files`, foreign text; their subsets are `planted/KIND`."""
+    planted_foreign_files: str | list[str] | None = None
+    """Text that does not belong among the training data (another language, say), in the forms of `train_files`, for
+    the planted noise. Default: no such noise."""
+
+
+@dataclass(frozen=True)
+class SketchConfig:
+    inputs: int = 512
+    """K, numbers that every token's layer inputs are hashed to."""
+    gradients: int = 2048
+    """G, numbers that every token's logit gradient is hashed to."""
+    layers: int = 128
+    """ghost: numbers that every token's layer inputs, and output gradients but the logits', are hashed to; moments then
+    have layers x G numbers. residual: of the gradient at the residual stream; layers x (K + G)."""
+
+
+@dataclass(frozen=True)
+class InfluenceConfig:
+    estimator: Literal["none", "random", "loss", "lli", "lai", "residual", "ghost", "ip"] = "lai"
+    """How a unit is scored; positive helps. lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv
+    2510.16007); lli: the LM head's input only; residual: the head's with the logit gradient, the others' with that
+    gradient brought back to the residual stream; ghost: the inner product of true gradients (Eq. 3), out of the
+    training backward, what is dropped being taken out again by a pass over it alone; loss: minus the mean loss; random:
+    a seeded random number; none: nothing is scored and the policy does nothing."""
+    reference: Literal["batch", "running", "validation"] = "batch"
+    """Whose loss counts. batch: the global micro-batch itself (self-influence); running: an exponential mean over the
+    micro-batches so far and this one; validation: `data.reference_files`."""
+    running_decay: float = 0.9
+    """running: weight of what was before, per micro-batch."""
+    validation_sequences: int = 16
+    """validation: size of the random subset that stands for the set, drawn anew at every refresh."""
+    validation_every_steps: int = 1
+    """validation: optimizer steps between refreshes, one more forward of the subset each (ghost: and backward)."""
+    include_self: bool = True
+    """Whether a unit's own term, always positive, is part of its score (the paper: yes)."""
+    unit: Literal["sequence", "document"] = "sequence"
+    """What is scored and dropped: a packed sequence, or each document's tokens inside it. Takes 4 K G bytes a unit."""
+    sketch: Literal["none"] | SketchConfig = SketchConfig()
+    """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
+    precondition: Literal["none", "adam_ema", "adam_state"] = "none"
+    """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E). adam_state:
+    scale inputs and gradients by the column and row means of Adam's own second moments, to its power on each side;
+    ghost's own terms saturate as Adam's step does."""
+    adam_every_steps: int = 10
+    """adam_state, gains: optimizer steps between readings of the second moments; before the first step there are none,
+    and nothing is scaled."""
+    adam_power: float = 0.5
+    """Power of D on each side: 0.5 as in the paper, 0.25 for the geometry of Adam's own step."""
+    adam_decay: float = 0.95
+    """Decay of D per micro-batch, bias-corrected; best equal to the optimizer's second beta."""
+    layer_weights: Literal["none", "inverse_norm", "gains"] = "none"
+    """How layers count against each other, with `precondition: none`. none: by the norms of their inputs; inverse_norm
+    (lai, residual): each layer's inputs over their root mean square norm; gains (lai): times the norm of the layer's
+    own output gradient as well, as Adam's second moments, read every `adam_every_steps`, tell it."""
+    layer_decay: float = 0.95
+    """layer_weights: decay of the mean squared norms per micro-batch, bias-corrected; a micro-batch is scored with
+    those of the ones before it."""
+    scope: Literal["micro_step", "step"] = "micro_step"
+    """What a unit is compared with, decided together with, and at what price. micro_step: the global micro-batch, in
+    the training forward; step: all micro-batches of the optimizer step, in one more forward before any backward."""
+    passes: Literal["one", "score_first"] = "one"
+    """one: score inside the training forward. score_first: score in a forward without gradients, then train on what is
+    kept only, shared out evenly among the ranks: faster where much is dropped (from about a third on)."""
+
+    @property
+    def owns_accumulation(self) -> bool:
+        """Whether the number of backwards in an optimizer step is ours: one more than planned to take out what was
+        dropped, or as many as what is kept needs."""
+        return self.estimator == "ghost" or self.passes == "score_first"
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    action: Literal["drop", "reweight", "observe"] = "drop"
+    """drop: flagged units get weight zero; reweight: weight = positive part of the score, scaled to mean one over the
+    global micro-batch; observe: score everything, change nothing."""
+    rule: Literal["threshold", "rate"] = "threshold"
+    """What is flagged. threshold: scores below `threshold` (the paper: 0); rate: the lowest `rate` of the global
+    micro-batch, fractions by seeded stochastic rounding."""
+    threshold: float = 0.0
+    """Scores below it are flagged, in the units of the score."""
+    flag: Literal["lowest", "highest"] = "lowest"
+    """Which end of the scores is flagged. highest: a control arm that drops what helps most (threshold: scores above
+    it)."""
+    rate: float = 0.1
+    """Fraction of every global micro-batch (with `influence.scope: step`, of a whole step) that is flagged, 0 to 1."""
+    warmup_steps: int = 0
+    """Optimizer steps in which nothing is dropped or reweighted."""
+    max_drop_fraction: float = 0.5
+    """Never drop more than this fraction of a global micro-batch (rounded down); the worst go first. At 1 a whole
+    micro-batch may go: it then adds a zero gradient. (reweight is not bound by it.)"""
+    stop_after_non_finite: int = 20
+    """Stop after so many optimizer steps in a row in which a unit's loss or score was not finite, or DeepSpeed skipped
+    an update that was not. (Such units count for nothing; fp16 skips a few steps while it finds its scale.)"""
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_steps: int = 500
+    """Optimizer steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """How many of the newest checkpoints stay on disk."""
+
+
+@dataclass(frozen=True)
+class ObserveConfig:
+    log_texts: bool = True
+    """Put a few removed texts into TensorBoard; set false where the corpus is private."""
+    every_steps: int = 10
+    """Optimizer steps between histograms, activation norms and texts in TensorBoard (scalars come at every step)."""
+    eval_every_steps: int | None = None
+    """Optimizer steps between held-out evaluations. Default: only before and after the run."""
+    audit_every_steps: int | None = None
+    """Optimizer steps between audits: one more forward after the step, for the correlation of the scores with how much
+    each unit's loss really fell (`influence/audit_pearson`). Default: never."""
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    batches: int = 4
+    """Batches per checkpoint, the same at each: what the run would have read next."""
+    batch_size: int = 16
+    """Sequences in a batch. The references keep that many gradients, 8 bytes a parameter each."""
+    references: list[str] = field(default_factory=lambda: ["ip", "ip_adam"])
+    """What scores are held against; the first is the figure's. ip: inner products of true gradients; ip_adam: the same
+    in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step;
+    shapley_adam_limit: of Adam's step at a vanishing learning rate, which needs no forwards; exact: sketched scores
+    against the same estimator's exact ones."""
+    shapley_batches: int = 1
+    """How many of the batches get shapley_sgd and shapley_adam, which take most of the time."""
+    permutations: int = 1000
+    """Most orders of joining that Shapley values are estimated from."""
+    standard_error: float = 0.02
+    """Stop before, once the largest standard error of a value is this fraction of the deviation between samples."""
+    estimators: list[str] = field(default_factory=lambda: list(FIDELITY_ESTIMATORS))
+    """Estimators, `/` and a preconditioning or layer weights where there are any. For comparison only: ip, the true
+    inner product; residual_last_1 and _2, exact feedback through that many last blocks and, for the word embedding, the
+    first; ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features;
+    logit_gradient_norm."""
+    exact: bool = True
+    """Also without the sketch: for lai one matrix of all input widths x vocabulary a sequence; not for large models."""
+    checkpoints: list[str] | None = None
+    """Names (`step-100`) of the run's checkpoints, or `start` for `model.name_or_path`. Default: all there are, or
+    `start` where there are none."""
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    pairs: int = 20
+    """Plain steps that are measured, and scored steps of each estimator beside them."""
+    warmup: int = 3
+    """Steps of each kind before those, left out."""
+    estimators: list[str] | None = None
+    """What is measured, against the same plain steps: `ESTIMATOR` or `ESTIMATOR/PRECONDITION`, as in
+    `lai,ghost/adam_state`; `ghost_exact` is ghost as others compute it. The first one's figures stand at the top of
+    benchmark.json. Default: `influence.estimator` with `influence.precondition`."""
+    peak_tflops: float | None = None
+    """What the device can do at most in the precision of training, in 10^12 floating-point operations a second, for
+    the model FLOPs utilization. Default: not known; `--plan` then takes 989 (an H100's bf16), in fp32 `fp32_tflops`."""
+    ranks: int = 8
+    """--plan: ranks to reckon with."""
+    fp32_tflops: float = 67.0
+    """--plan: what the device can do at most in float32, in which scoring multiplies whatever the precision of
+    training, in 10^12 operations a second. This and the next two defaults: an H100's data sheet, 400 Gbit/s a GPU."""
+    memory_gb_per_second: float = 3350.0
+    """--plan: memory bandwidth of the device, in 10^9 bytes a second."""
+    network_gb_per_second: float = 50.0
+    """--plan: what a rank can send, in 10^9 bytes a second."""
+    utilization: float = 0.5
+    """--plan: fraction of these peaks that is reached, 0 to 1."""
+    sweep: list[float] | None = None
+    """Also measure with sequence length, layers, width, vocabulary and sketch scaled by each of these factors in turn
+    (`[0.5,1,2]`; the model must be a `*.json`), by the first estimator. Default: no sweep."""
+
+
+@dataclass(frozen=True)
+class Config:
+    run_dir: str
+    """Where the run lives: config.yaml, checkpoints/, ledger/, tensorboard/, model/, summary.json."""
+    deepspeed_config: str
+    """DeepSpeed's own JSON: batch sizes, accumulation, precision, optimizer, scheduler (its total_num_steps may say
+    "auto": max_steps), clipping, ZeRO."""
+    model: ModelConfig
+    """The model and its tokenizer."""
+    data: DataConfig
+    """The corpus."""
+    max_steps: int = 1000
+    """Optimizer steps after which the run ends; an update that DeepSpeed skips counts."""
+    seed: int = 0
+    """Seeds sample order, sketches, the policy's rounding, random scores, dropout and a model made from scratch."""
+    resume: str = "none"
+    """none: start anew (an earlier run in `run_dir` is moved aside); auto: go on from the newest checkpoint, if there
+    is one; or a checkpoint directory."""
+    dry_run: bool = False
+    """Rehearse only: config, files, ranks, memory of a step at the real sizes, disk, a checkpoint written and read.
+    Nothing is trained or kept."""
+    influence: InfluenceConfig = InfluenceConfig()
+    """How units are scored."""
+    policy: PolicyConfig = PolicyConfig()
+    """What happens to units with low scores."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When the run is saved."""
+    observe: ObserveConfig = ObserveConfig()
+    """What is written for people to look at."""
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    """How `pipeline.fidelity` holds scores against what samples really do."""
+    benchmark: BenchmarkConfig = BenchmarkConfig()
+    """What pipeline.benchmark measures; nothing else reads it."""
+
+    def __post_init__(self) -> None:
+        check(self)

@@ -1,0 +1,171 @@
+"""Documents -> rows of a split: tokenized, packed, written, counted. Bounded memory."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from pipeline.config.schema import Config
+from pipeline.data.corpus import Problems, read_documents
+from pipeline.data.document import Document, Split
+from pipeline.data.fingerprint import preparation_seed
+from pipeline.data.planted import Planter
+from pipeline.data.tokenizer import encode
+
+SPLITS = get_args(Split)
+
+
+BATCH_DOCUMENTS = 1_000
+
+
+BATCH_CHARACTERS = 8_000_000  # the tokenizer takes some 140 bytes a character (and a longer document all of it)
+
+
+SOURCES = pa.schema(
+    [("document_id", pa.int64()), ("file", pa.string()), ("line", pa.int64()), ("subset", pa.string()),
+     ("tokens", pa.int64()), ("bytes", pa.int64())]
+)  # fmt: skip
+
+
+# The rows
+
+
+def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, Any]:
+    """Write the rows and the sources of a split under `directory`; returns its part of the report."""
+    data = config.data
+    files, most = {
+        "train": (data.train_files, data.max_sequences),
+        "eval": (data.eval_files or [], data.max_eval_sequences),
+        "reference": (data.reference_files or [], data.max_eval_sequences),
+    }[split]
+    problems = Problems(data.max_bad_fraction)
+    documents = problems.leave_out(read_documents(files, data, split))
+    subsets: dict[str, Counter[str]] = {}
+    planter = None
+    if split == "train" and data.planted_noise:
+        foreign = None if data.planted_foreign_files is None else _foreign_tokens(config, tokenizer)
+        planter = Planter(data.planted_noise, preparation_seed(config), len(tokenizer), foreign)
+    (directory / "documents").mkdir(exist_ok=True)
+
+    def encoded() -> Iterator[list[tuple[str, np.ndarray]]]:
+        """Batches of (subset, tokens of a document), shuffled inside the batch, counted, their sources written."""
+        room = None if most is None else most * data.sequence_length  # tokens that still fit
+        document_id = 0
+        for number, batch in enumerate(_batches(documents)):
+            order = np.random.default_rng([preparation_seed(config), SPLITS.index(split), number])
+            batch = [batch[index] for index in order.permutation(len(batch))]
+            taken: list[tuple[str, np.ndarray]] = []
+            rows: list[dict[str, Any]] = []
+            for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
+                whole = len(ids)
+                ids = ids[:room]
+                if not len(ids):
+                    break
+                room = None if room is None else room - len(ids)
+                # Of a document cut by `max_sequences`, its share: bits per byte need bytes that were predicted.
+                size = {"tokens": len(ids), "bytes": round(len(document.text.encode()) * len(ids) / whole)}
+                subsets.setdefault(document.subset, Counter()).update(documents=1, **size)
+                where = {"file": document.file, "line": document.line, "subset": document.subset}
+                rows.append({"document_id": document_id, **where, **size})
+                taken.append((document.subset, ids))
+                document_id += 1
+            sources.write_batch(pa.RecordBatch.from_pylist(rows, SOURCES))
+            bar.update(len(taken))
+            bar.set_postfix_str(f"{sum(s['tokens'] for s in subsets.values()):,} tokens", refresh=False)
+            yield taken
+            if room == 0:
+                return
+
+    schema = pa.schema(
+        [("input_ids", pa.list_(pa.int32(), data.sequence_length)),
+         ("document_ids", pa.list_(pa.int64(), data.sequence_length)), ("subset", pa.list_(pa.string()))]
+    )  # fmt: skip
+    with (
+        pq.ParquetWriter(directory / "documents" / f"{split}.parquet", SOURCES) as sources,
+        pa.ipc.new_stream(str(directory / f"{split}.arrow"), schema) as writer,
+        tqdm(desc=f"preparing {split}", unit=" documents", mininterval=1.0) as bar,
+    ):
+        sequences = 0
+        for rows in _pack(encoded(), data.sequence_length, tokenizer.eos_token_id, schema):
+            writer.write_batch(planter(rows) if planter else rows)
+            sequences += rows.num_rows
+    problems.check(problems.limit)
+    if not sequences:
+        raise ValueError(f"data.{split}_files: no document in {files}")
+    Dataset.from_file(str(directory / f"{split}.arrow")).save_to_disk(str(directory / split))
+    (directory / f"{split}.arrow").unlink()
+    totals = {key: sum(counts[key] for counts in subsets.values()) for key in ("documents", "tokens", "bytes")}
+    return {
+        **totals,
+        "sequences": sequences,
+        "padding": sequences * data.sequence_length - totals["tokens"],
+        "subsets": {name: dict(subsets[name]) for name in sorted(subsets)},
+        "problems": dict(problems.kinds),
+        "first_problems": [asdict(problem) for problem in problems.first],
+        **({"planted": dict(planter.counts)} if planter else {}),
+    }
+
+
+def _foreign_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
+    """The tokens of the documents of `data.planted_foreign_files`, again and again. Raises ValueError where there are
+    none."""
+    files = config.data.planted_foreign_files or []
+    while True:
+        documents = (d for d in read_documents(files, config.data, "train") if isinstance(d, Document))
+        batch: list[Document] = []
+        for batch in _batches(documents):
+            yield from encode(tokenizer, [document.text for document in batch])
+        if not batch:
+            raise ValueError(f"data.planted_foreign_files: no document in {files}")
+
+
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _pack(
+    batches: Iterable[list[tuple[str, np.ndarray]]], length: int, eos: int, schema: pa.Schema
+) -> Iterator[pa.RecordBatch]:
+    """Rows of `length` tokens from documents one after the other; only the last row is padded."""
+    tokens, owners = np.empty(0, np.int32), np.empty(0, np.int64)
+    names: list[str] = []  # subsets of the documents from `first` on, the owner of the first token left over
+    first = 0
+
+    def rows() -> pa.RecordBatch:
+        ends = zip(owners[:whole:length] - first, owners[:whole].reshape(-1, length).max(1) - first, strict=True)
+        columns = [pa.FixedSizeListArray.from_arrays(pa.array(flat[:whole]), length) for flat in (tokens, owners)]
+        return pa.record_batch([*columns, pa.array([names[a : b + 1] for a, b in ends], schema.types[2])], schema)
+
+    for batch in batches:
+        new = first + len(names) + np.arange(len(batch))
+        tokens = np.concatenate([tokens, *(ids for _, ids in batch)])
+        owners = np.concatenate([owners, np.repeat(new, [len(ids) for _, ids in batch])])
+        names += [subset for subset, _ in batch]
+        whole = len(tokens) // length * length
+        yield rows()
+        tokens, owners = tokens[whole:], owners[whole:]
+        done = owners[0] - first if len(owners) else len(names)
+        names, first = names[done:], first + done
+    if len(tokens):
+        whole = length
+        padding = length - len(tokens)
+        tokens = np.concatenate([tokens, np.full(padding, eos, np.int32)])
+        owners = np.concatenate([owners, np.full(padding, -1)])
+        yield rows()

@@ -1,0 +1,158 @@
+"""Documents -> tokens -> packed rows on disk, with a fingerprint of what made them. One pass, bounded memory.
+
+    prepared_dir/train/ eval/ reference/ rows (see `load_split`), memory-mapped by `datasets`
+    prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
+                                     tokens (in the rows, with its eos), bytes (UTF-8, of these tokens)
+    prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
+    prepared_dir/fingerprint.json    what made the dataset
+    prepared_dir/report.json         what is in it, and what was wrong with the files
+
+Run it with `python -m pipeline.prepare --config run.yaml`; training does where the directory is missing.
+"""
+
+import glob
+import itertools
+import json
+import os
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+
+from pipeline.config.differences import changes
+from pipeline.config.launcher import launched_rank
+from pipeline.config.schema import Config
+from pipeline.data.document import Split
+from pipeline.data.fingerprint import fingerprint
+from pipeline.data.packing import _write_split
+from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+
+
+def ensure_prepared(config: Config) -> None:
+    """On rank 0, prepare where `data.prepared_dir` is missing; on the others, wait for it. Before any process group.
+
+    Raises ValueError, on rank 0, where it was made of something else; held-out splits that the config does not ask for
+    are no difference.
+    """
+    directory = Path(config.data.prepared_dir)
+    if rank := launched_rank():
+        # No collective: a large corpus takes longer than any of their timeouts.
+        for second in itertools.count():
+            if (directory / "fingerprint.json").exists():
+                return
+            if second % 60 == 5:
+                print(f"rank {rank} waits for rank 0 to prepare {directory} (all hosts must see it)", flush=True)
+            time.sleep(1)
+    if not (directory / "fingerprint.json").exists():
+        return prepare(config)
+    old = load_fingerprint(directory)
+    new = fingerprint(config, load_tokenizer(config), known=old)
+    if config.data.reference_files is None:
+        old.pop("reference_files", None)
+        if config.data.eval_files is None:
+            old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
+    if differences := changes(old, new):
+        raise ValueError(
+            f"data.prepared_dir: {directory} was prepared from something else:\n{differences}\n"
+            "Run `python -m pipeline.prepare --config ...` to replace it, or choose another data.prepared_dir."
+        )
+
+
+def prepare(config: Config) -> None:
+    """Make `data.prepared_dir`, or leave it where the same inputs made it, or replace it.
+
+    It appears by a rename at the very end: killed at any moment, it leaves no directory that looks whole. Raises
+    ValueError on unusable files, too many problems in them, a tokenizer that does not fit, or a foreign directory.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"  # before the first batch; launchers often set it to false
+    target = Path(config.data.prepared_dir).resolve()
+    exists = (target / "fingerprint.json").exists()
+    if not exists and target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise ValueError(
+            f"data.prepared_dir: {target} exists and is no prepared dataset; remove it or choose another directory"
+        )
+    tokenizer = load_tokenizer(config)
+    new = fingerprint(config, tokenizer)
+    if exists:
+        differences = changes(load_fingerprint(target), new)
+        if not differences:
+            return print(f"{target} is already prepared from the same inputs")
+        print(f"{target} was prepared from something else and will be replaced:\n{differences}")
+
+    # The host is part of the name: on a shared file system, another node's process ids say nothing here.
+    prefix = f"{target.name}.tmp-{socket.gethostname()}-"
+    for stale in target.parent.glob(f"{glob.escape(prefix)}*"):
+        if not _others_alive(stale.name.removeprefix(prefix).split(".")[0]):
+            shutil.rmtree(stale)
+    temporary = target.with_name(f"{prefix}{os.getpid()}")
+    temporary.mkdir(parents=True)
+    try:
+        if tokenizer is None:
+            tokenizer = train_tokenizer(config)
+        report = {"train": _write_split(config, "train", tokenizer, temporary)}
+        if config.data.eval_files is not None:
+            report["eval"] = _write_split(config, "eval", tokenizer, temporary)
+        if config.data.reference_files is not None:
+            report["reference"] = _write_split(config, "reference", tokenizer, temporary)
+        tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        (temporary / "report.json").write_text(json.dumps(report, indent=2))
+        (temporary / "fingerprint.json").write_text(json.dumps(new, indent=2))
+        if target.exists():
+            target.rename(temporary.with_name(f"{temporary.name}.replaced"))
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_name(f"{temporary.name}.replaced"), ignore_errors=True)
+
+
+def _others_alive(pid: str) -> bool:
+    """Whether another process with this id runs on this host."""
+    if not pid.isdigit() or int(pid) == os.getpid():  # our own id: a container's processes get the same ones again
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
+    """The packed rows of a split, memory-mapped, each of `sequence_length` tokens:
+
+    input_ids (int32): documents one after the other, each closed by eos; a document may go on in the next row.
+    document_ids (int64): of every token, counting up from 0 in the split; -1 is padding, at the end of the last row.
+    subset (strings): of each document of the row, in the order of their first tokens.
+
+    With `data.planted_noise`, some training rows hold noise instead: see `Planter`.
+
+    Raises ValueError where the split was not prepared.
+    """
+    path = Path(prepared_dir) / split
+    if not path.exists():
+        raise ValueError(f"no {split} split in {prepared_dir}; set data.{split}_files and run `pipeline.prepare`")
+    dataset = load_from_disk(str(path), keep_in_memory=False)
+    assert isinstance(dataset, Dataset)
+    return dataset
+
+
+def load_fingerprint(prepared_dir: str | Path) -> dict[str, Any]:
+    """What made the dataset. Raises ValueError where there is none."""
+    return _load_json(Path(prepared_dir) / "fingerprint.json")
+
+
+def load_report(prepared_dir: str | Path) -> dict[str, Any]:
+    """Per split: documents, tokens, bytes, sequences, padding (tokens), subsets (documents, tokens, bytes of each),
+    problems (count of each kind) and first_problems (file, line, what); where noise was planted, planted (training
+    sequences replaced by each kind; documents and tokens are those before). Raises ValueError where there is none."""
+    return _load_json(Path(prepared_dir) / "report.json")
+
+
+def _load_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise ValueError(f"{path.parent} is no prepared dataset (no {path.name}); run `pipeline.prepare`")
+    return json.loads(path.read_text())

@@ -1,0 +1,79 @@
+"""Adam's second moments out of a running engine, at any ZeRO stage."""
+
+import itertools
+from typing import Any
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from pipeline.engine import collectives
+from pipeline.engine.launch import device
+from pipeline.models.second_moments import SecondMoments
+
+
+def second_moments(engine: DeepSpeedEngine) -> SecondMoments | None:
+    """What Adam's second moments are now; None before the first update. Collective: one all-reduce of all rows and
+    columns.
+
+    Each rank adds up its own slice of every matrix; what several ranks hold (ZeRO 0) counts once.
+    """
+    updates = engine.global_steps - engine.skipped_steps
+    if updates == 0:
+        return None
+    matrices = {name: p for name, p in engine.module.named_parameters() if getattr(p, "ds_shape", p.shape).numel()}
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in matrices.items()}
+    shapes = {name: shape for name, shape in shapes.items() if len(shape) == 2}
+    sums = []
+    for name, (rows, columns) in shapes.items():
+        start, values = _own_second_moment(engine, matrices[name])
+        # Whole rows around this rank's slice.
+        first, offset = divmod(start, columns)
+        filled = values.new_zeros(-(-(offset + len(values)) // columns) * columns)
+        filled[offset : offset + len(values)] = values
+        filled_RC = filled.view(-1, columns)
+        row_sums = values.new_zeros(rows)
+        row_sums[first : first + len(filled_RC)] = filled_RC.sum(1)
+        sums += [row_sums, filled_RC.sum(0), values.new_full((1,), len(values))]
+    summed = iter(collectives.all_reduce_sum(torch.cat(sums)).split([len(part) for part in sums]))
+    betas = engine.basic_optimizer.param_groups[0]["betas"]
+    means = {}
+    for name, (rows, columns) in shapes.items():
+        row_sums, column_sums, held = next(summed), next(summed), next(summed)
+        times = held / (rows * columns) * (1 - betas[1] ** updates)
+        means[name] = (row_sums / columns / times, column_sums / rows / times)
+    return SecondMoments(means, betas[1], updates)
+
+
+def _own_second_moment(engine: DeepSpeedEngine, parameter: Any) -> tuple[int, Tensor]:
+    """This rank's slice of the flattened second moment of `parameter`, and where it starts."""
+    if hasattr(parameter, "ds_id"):
+        values = parameter._z3_optimizer.get_local_fp32_param(parameter, "exp_avg_sq")
+        start = min(collectives.rank() * len(values), parameter.ds_numel)
+        return start, values[: parameter.ds_numel - start]  # the last partition is padded
+    if not hasattr(parameter, "_hp_mapping"):  # ZeRO 0
+        return 0, _unpartitioned_second_moment(engine, parameter)
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.zeros(0, device=device())
+    # Not through the mapping's own copy of the state, which is of the last step, not of a checkpoint just loaded. Each
+    # group is one flat tensor to the optimizer inside: this rank's part of it.
+    (part,) = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
+    where = mapping.hp_fragment_address
+    values = engine.basic_optimizer.state[part]["exp_avg_sq"].narrow(0, where.start, where.numel)
+    return mapping.lp_fragment_address.start, values.to(device())
+
+
+def _unpartitioned_second_moment(engine: DeepSpeedEngine, parameter: Any) -> Tensor:
+    """At ZeRO 0, flattened: every rank has it. Of bf16 and fp16 the optimizer inside sees copies in float32: one flat
+    tensor for each group, or (torch_adam) one for each parameter."""
+    state = engine.basic_optimizer.state
+    if parameter in state:
+        return state[parameter]["exp_avg_sq"].flatten()
+    groups = zip(engine.optimizer.fp16_groups, engine.basic_optimizer.param_groups, strict=True)
+    members, copies = next((low, group["params"]) for low, group in groups if any(p is parameter for p in low))
+    before = list(itertools.takewhile(lambda member: member is not parameter, members))
+    if len(copies) == len(members):
+        return state[copies[len(before)]]["exp_avg_sq"].flatten()
+    (flat,) = copies
+    return state[flat]["exp_avg_sq"].narrow(0, sum(member.numel() for member in before), parameter.numel())

@@ -1,0 +1,148 @@
+"""Which checkpoints a run has, whether they are whole and this run's. What is inside them is DeepSpeed's."""
+
+import itertools
+import json
+import os
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.differences import changes
+from pipeline.config.schema import Config
+
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds beside DeepSpeed's own: enough to go on as if nothing had happened."""
+
+    step: int
+    position: int
+    evaluations: dict[int, dict[str, Any]]
+    estimator: dict[str, Any]
+
+
+def find_checkpoint(config: Config) -> Path | None:
+    """The checkpoint directory that `resume` means; None for `none`, or for `auto` where there is none yet.
+
+    `auto` falls back to an older checkpoint where the newest is damaged, and says so. Raises ValueError where a named
+    one is missing or damaged, or where none of a run's is whole.
+    """
+    if config.resume == "none":
+        return None
+    directory = Path(config.run_dir, "checkpoints") if config.resume == "auto" else Path(config.resume)
+    if directory.name.startswith("step-"):
+        if damage := damage_of(directory):
+            raise ValueError(f"resume: {directory} cannot be used: {damage}; name another checkpoint, or auto")
+        return directory
+    latest = directory / "latest"
+    if not latest.is_file():
+        if config.resume == "auto":
+            return None
+        raise ValueError(f"resume: {directory} holds no checkpoint; give RUN_DIR/checkpoints/step-N, or auto")
+    newest = _step(directory / latest.read_text().strip())
+    found = [path for path in sorted(directory.glob("step-*"), key=_step, reverse=True) if _step(path) <= newest]
+    for checkpoint in found:
+        damage = damage_of(checkpoint)
+        if damage is None:
+            return checkpoint
+        print(f"resume: {checkpoint} cannot be used: {damage}; trying the one before", flush=True)
+    raise ValueError(f"resume: none of the checkpoints in {directory} is whole; start anew with --resume none")
+
+
+def checkpoints_of(run_dir: str) -> dict[str, Path]:
+    """The run's whole checkpoints by name, oldest first."""
+    found = sorted(Path(run_dir, "checkpoints").glob("step-*"), key=_step)
+    return {path.name: path for path in found if damage_of(path) is None}
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None where they are as they were written: all there, of the same sizes,
+    and every part of torch's archives with its checksum."""
+    try:
+        files = json.loads((checkpoint / MANIFEST).read_text())["files"]
+    except FileNotFoundError:
+        return f"no {MANIFEST}, so it was never finished (or is not one of ours)"
+    except (ValueError, KeyError):
+        return f"{MANIFEST} is damaged"
+    for name, size in files.items():
+        path = checkpoint / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes, not {size}"
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if part := archive.testzip():
+                    return f"{name} is corrupt in {part}"
+        except zipfile.BadZipFile as error:
+            return f"{name} is corrupt ({error})"
+    return None
+
+
+def identity_of(checkpoint: Path) -> dict[str, Any]:
+    """The identity of the run that wrote `checkpoint`."""
+    return json.loads((checkpoint / MANIFEST).read_text())["identity"]
+
+
+def refuse_foreign(checkpoint: Path, identity: dict[str, Any]) -> None:
+    """Raises ValueError, naming each key that differs, where `checkpoint` was not written by a run like this one.
+
+    How it is partitioned (ranks, ZeRO stage) is not compared: `engine.config_to_load` judges that.
+    """
+    saved, here = identity_of(checkpoint), json.loads(json.dumps(identity))
+    saved["engine"] |= {key: here["engine"][key] for key in ("ranks", "zero_stage")}
+    if differences := changes(saved, here):
+        raise ValueError(
+            f"resume: {checkpoint} belongs to another run; it differs (there -> here) in\n{differences}\n"
+            "Give it its own config and data back, or start anew from its weights: model.name_or_path = RUN_DIR/model"
+        )
+
+
+def publish(checkpoint: Path, identity: dict[str, Any], keep: int) -> None:
+    """Make `checkpoint`, of which every rank has written its part, the newest; keep `keep` and remove the others.
+
+    The manifest says that it is whole, and `latest`, replaced by a rename, comes after it: killed at any moment, a run
+    resumes from a whole checkpoint. Later ones than this belong to a future that an older resume gave up. Raises
+    OSError where they cannot be written.
+    """
+    files = {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.pt"))}
+    try:
+        _write(checkpoint / MANIFEST, json.dumps({"files": files, "identity": identity}, indent=2))
+        _write(checkpoint.parent / "latest", checkpoint.name)
+    except OSError as error:
+        raise not_written(checkpoint, error) from error
+    saved = sorted(checkpoint.parent.glob("step-*"), key=_step)
+    kept = [path for path in saved if _step(path) <= _step(checkpoint)][-keep:]
+    for old in set(saved) - set(kept):
+        shutil.rmtree(old)
+
+
+def not_written(checkpoint: Path, error: Exception) -> OSError:
+    """What to raise where a part of `checkpoint` could not be written."""
+    free = shutil.disk_usage(checkpoint.parent).free / 1e6
+    return OSError(
+        f"{checkpoint} could not be written ({error}); {free:.0f} MB are free there. The one before it is whole: make "
+        "room and go on with --resume auto"
+    )
+
+
+def move_aside(run_dir: Path) -> None:
+    """Make room for a new run: nothing of an earlier one is deleted, or mixed into it."""
+    if any(run_dir.glob("*")):
+        number = next(n for n in itertools.count(1) if not Path(f"{run_dir}.{n}").exists())
+        run_dir.rename(f"{run_dir}.{number}")
+        print(f"{run_dir} held an earlier run, moved to {run_dir}.{number} (--resume auto goes on)", flush=True)
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    new.write_text(text)
+    os.replace(new, path)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))

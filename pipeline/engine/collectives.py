@@ -1,0 +1,74 @@
+"""What ranks tell each other: the only importer of torch.distributed. One process without a group is rank 0 of 1.
+
+Every call here is collective: all ranks make it, in the same order, or they wait for each other for ever.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum over ranks, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_gather_rows(rows_UC: Tensor) -> Tensor:
+    """The rows of all ranks, in rank order; ranks may have different numbers of them."""
+    if world_size() == 1:
+        return rows_UC
+    count = torch.tensor([len(rows_UC)], device=rows_UC.device)
+    counts = [torch.empty_like(count) for _ in range(world_size())]
+    dist.all_gather(counts, count)
+    sizes = [int(count) for count in counts]
+    padded = rows_UC.new_zeros(max(sizes), rows_UC.shape[1])
+    padded[: len(rows_UC)] = rows_UC
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded)
+    return torch.cat([rows[:size] for rows, size in zip(gathered, sizes, strict=True)])
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's value, any object that pickles, on every rank."""
+    box = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(box)
+    return box[0]
+
+
+def agree(values: dict[str, str]) -> None:
+    """Raises ValueError, on all ranks, where these differ between ranks, naming the ranks and what differs."""
+    every: list[dict[str, str]] = [values] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(every, values)
+    differing = [
+        f"  {name}: {other[name]} on rank {index}, {every[0][name]} on rank 0"
+        for index, other in enumerate(every)
+        for name in values
+        if other[name] != every[0][name]
+    ]
+    if differing:
+        raise ValueError("ranks were started with different things:\n" + "\n".join(differing[:20]))
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    """Tear the process group down, at the end of a command."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,173 @@
+"""The DeepSpeed engine: made, stepped, saved, loaded. Nothing in it is patched."""
+
+import math
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed import DeepSpeedEngine
+from deepspeed.accelerator import get_accelerator
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.engine import collectives
+from pipeline.engine.checkpoint_files import _convert
+from pipeline.engine.checkpoints import not_written
+from pipeline.engine.launch import device
+
+
+def config_to_load(checkpoint: Path, saved: dict[str, Any], deepspeed_config: dict[str, Any]) -> dict[str, Any]:
+    """`deepspeed_config` for an engine that is to load `checkpoint`, written by an engine of identity `saved`.
+
+    Other ranks, or ZeRO 1 for 2 and back, need DeepSpeed's universal form, which an engine must expect from the start.
+    Raises ValueError where there is none.
+    """
+    stage, ranks = deepspeed_config.get("zero_optimization", {}).get("stage", 0), collectives.world_size()
+    if (saved["zero_stage"], saved["ranks"]) == (stage, ranks):
+        return deepspeed_config
+    if not any({saved["zero_stage"], stage} <= stages for stages in ({0}, {1, 2}, {3})):
+        raise ValueError(
+            f"resume: {checkpoint} was written under ZeRO {saved['zero_stage']} and cannot go on under ZeRO {stage} "
+            f"(engine.zero_stage: {saved['zero_stage']} -> {stage}); only 1 and 2 can change places. Go back to it, or "
+            "start anew from its weights: model.name_or_path = RUN_DIR/model, written at the end of a run (which is "
+            f"here with --max_steps {checkpoint.name.removeprefix('step-')} and the old deepspeed_config)"
+        )
+    if stage == 0:  # every rank has all of it
+        return deepspeed_config
+    if saved["optimizer"] not in ("adam", "adamw"):
+        raise ValueError(
+            f"resume: {checkpoint} was written by {saved['ranks']} ranks under ZeRO {saved['zero_stage']}, this is "
+            f"{ranks} under ZeRO {stage}. DeepSpeed's universal checkpoint knows Adam and AdamW, not "
+            f"{saved['optimizer']}: go on with as many ranks under the same stage"
+        )
+    return deepspeed_config | {"checkpoint": deepspeed_config.get("checkpoint", {}) | {"load_universal": True}}
+
+
+def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
+    """The engine around `model`, with the optimizer, precision and ZeRO stage of `deepspeed_config`."""
+    engine, *_ = deepspeed.initialize(
+        model=model, model_parameters=list(model.parameters()), config=deepspeed_config, dist_init_required=False
+    )
+    return engine
+
+
+def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, Any]) -> None:
+    """Write the directory `checkpoint` in DeepSpeed's own format, with `state` in it. Collective.
+
+    When it returns, all ranks have written their parts; making it the newest is `checkpoint.publish`. Raises OSError
+    where this rank could not write its own.
+    """
+    try:
+        engine.save_checkpoint(str(checkpoint.parent), tag=checkpoint.name, client_state=state, save_latest=False)
+    except (OSError, RuntimeError) as error:
+        raise not_written(checkpoint, error) from error
+    collectives.barrier()
+
+
+def identity(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What a checkpoint must have in common with the engine that loads it."""
+    parameters = engine.module.named_parameters()
+    return {
+        "ranks": collectives.world_size(),
+        "zero_stage": engine.zero_optimization_stage(),
+        "bf16": engine.bfloat16_enabled(),
+        "fp16": engine.fp16_enabled(),
+        "optimizer": engine.optimizer_name(),
+        "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters},
+    }
+
+
+def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
+    """Put the engine into the state saved in `checkpoint` and return `keys` of what was saved with it. Collective.
+
+    DeepSpeed unpickles checkpoints in full: load only what you trust.
+    """
+    universal = engine.load_universal_checkpoint()
+    source = _universal_form(checkpoint) if universal else checkpoint
+    path, state = engine.load_checkpoint(str(source.parent), tag=source.name)
+    if path is None:
+        raise ValueError(f"resume: DeepSpeed could not load {checkpoint}; its messages above say why")
+    if universal:
+        # ZeRO-3 gives all its sub-groups one step counter, which torch's Adam would advance once for each of them.
+        for adam in engine.basic_optimizer.state.values():
+            if isinstance(adam.get("step"), Tensor):
+                adam["step"] = adam["step"].clone()
+        collectives.barrier()
+        if collectives.rank() == 0:
+            shutil.rmtree(source.parent)
+    return {key: state[key] for key in keys}
+
+
+def _universal_form(checkpoint: Path) -> Path:
+    """A copy of `checkpoint` with every parameter and its moments whole, in a new directory inside of it. Collective.
+
+    Rank 0 makes it. The others hear from it every few seconds: in one long wait for it a collective would time out.
+    """
+    if collectives.rank() == 0:
+        print(
+            f"resume: {checkpoint} was written by other ranks or under another ZeRO stage; converting a copy",
+            flush=True,
+        )
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(_convert, checkpoint) if collectives.rank() == 0 else None
+        while not collectives.broadcast(bool(work and wait([work], timeout=5).done)):
+            pass
+    converted, trouble = collectives.broadcast(work and work.result())
+    if trouble:
+        raise ValueError(f"resume: {checkpoint} could not be converted for other ranks: {trouble}")
+    return converted
+
+
+def take_step(engine: DeepSpeedEngine) -> float | None:
+    """DeepSpeed's step: at the end of an optimizer step the update, and its global gradient norm before clipping.
+
+    Where the accumulation is ours ("managed_gradient_accumulation": false) every call is the end of one. Returns None
+    inside of the accumulation, and (accumulation ours) under ZeRO 0 in float32, where nobody knows the norm; inf where
+    DeepSpeed skipped an update that was not finite. ZeRO 0 in float32 has no such skip: FloatingPointError is raised
+    instead, on all ranks alike, before anything is updated.
+    """
+    norm: float | None = None
+    managed = engine.managed_gradient_accumulation()
+    boundary = engine.is_gradient_accumulation_boundary() or not managed
+    plain = engine.zero_optimization_stage() == 0 and not (engine.bfloat16_enabled() or engine.fp16_enabled())
+    if plain and boundary:  # where DeepSpeed keeps no norm either
+        gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not managed:  # not yet averaged: only good to know whether it is finite, of all ranks
+            norm = float(collectives.all_reduce_sum(torch.tensor(norm, device=device())))
+        if not math.isfinite(norm):
+            raise FloatingPointError(
+                f"the gradient of step {engine.global_steps + 1} is not finite; nothing was updated. The newest "
+                "checkpoint is from before: lower the learning rate, look at the documents, resume"
+            )
+    engine.step()
+    if boundary and norm is None and (kept := engine.get_global_grad_norm()) is not None:
+        norm = float(kept)
+    return norm if managed or not plain else None
+
+
+def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+    """All weights, whole, on the CPU, on rank 0 (empty elsewhere); one parameter is gathered at a time. Collective."""
+    state: dict[str, Tensor] = {}
+    for name, parameter in engine.module.named_parameters():
+        with deepspeed.zero.GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if collectives.rank() == 0:
+                state[name] = parameter.detach().cpu().clone()
+    if collectives.rank() == 0:
+        saved = engine.module.state_dict().keys()
+        state |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in saved}
+    return state
+
+
+def peak_memory() -> int:
+    """Most bytes allocated on the accelerator so far; on the CPU, of the process's resident set as sampled here."""
+    return get_accelerator().max_memory_allocated()
+
+
+def reset_peak_memory() -> None:
+    """Let `peak_memory` begin anew with what is allocated now."""
+    get_accelerator().reset_peak_memory_stats()

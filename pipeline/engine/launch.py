@@ -1,0 +1,48 @@
+"""Meeting the other ranks, and this rank's device."""
+
+import logging
+import os
+import socket
+import warnings
+
+import deepspeed
+import torch
+from deepspeed.accelerator import get_accelerator
+
+from pipeline.config import launcher
+from pipeline.engine import lost_contact
+
+
+def join_process_group() -> torch.device:
+    """Meet the other ranks, started by deepspeed, mpirun, torchrun or srun, and return this rank's device.
+
+    A process started on its own, by plain python, is a world of one.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that newer torch deprecates: nothing that a user could mend.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
+    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                "started by srun without MASTER_ADDR: export the first host's name (launch/ has an example)"
+            )
+        names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
+        os.environ |= {name: os.environ[slurm] for name, slurm in names.items()}
+        os.environ.setdefault("MASTER_PORT", "29500")
+    elif not {"RANK", *launcher.MPI_RANKS} & os.environ.keys():
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.setdefault("MASTER_PORT", port)
+    # Under mpirun DeepSpeed would put its own default in the place of MASTER_PORT.
+    deepspeed.init_distributed(verbose=False, distributed_port=int(os.environ.get("MASTER_PORT", 29500)))
+    if get_accelerator().device_name() != "cpu":
+        get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
+    lost_contact.introduce()  # with the device set: NCCL's collectives happen there
+    return device()
+
+
+def device() -> torch.device:
+    """Of this rank."""
+    return torch.device(get_accelerator().current_device_name())

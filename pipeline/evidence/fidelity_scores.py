@@ -1,0 +1,204 @@
+"""Every estimator's scores held against every reference at the checkpoints of a run."""
+
+import copy
+import itertools
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pipeline.baselines.flattened import flattened_grams
+from pipeline.baselines.last_blocks import partial_backward_gram
+from pipeline.config.rules import EXACT, LAYER_WEIGHTS
+from pipeline.config.schema import Config, InfluenceConfig
+from pipeline.config.timing import Stopwatch
+from pipeline.data.batch import IGNORE, Batch
+from pipeline.data.prepared import ensure_prepared, load_split
+from pipeline.data.samples import Samples
+from pipeline.engine import checkpoint_files, launch
+from pipeline.engine.checkpoint_files import load_weights
+from pipeline.engine.checkpoints import checkpoints_of
+from pipeline.evidence.correlation import Comparison, widths
+from pipeline.evidence.fidelity_figure import draw
+from pipeline.evidence.references import (
+    _OWN_TERMS,
+    Adam,
+    _peak_learning_rate,
+    adam_step,
+    inner_products,
+    reference_values,
+    sample_gradients,
+)
+from pipeline.evidence.shapley import row_sums
+from pipeline.influence.estimator import Estimator
+from pipeline.models.load import load_model
+from pipeline.models.second_moments import Moments, second_moments
+from pipeline.tasks.causal_lm import token_losses
+
+START = "start"
+
+
+_WARM_UP_BATCHES = 8  # that running means are made of before they are measured
+
+
+_WARMED_UP = ("adam_ema", *LAYER_WEIGHTS)
+
+
+_LAST_BLOCKS = {"residual_last_1": 1, "residual_last_2": 2}
+
+
+_COMPARISON_ONLY = ("ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm")
+
+
+_FIRST_ORDER = ("ip_adam", "shapley_adam_limit")
+"""References that are also held against the others: how far any gradient can come."""
+
+
+# Scores
+
+
+def scores_of(estimator: Estimator, model: nn.Module, batch: Batch) -> Tensor:
+    """One micro-batch through the estimator as training takes it; (B,) float64, on the CPU."""
+    with torch.set_grad_enabled(estimator.needs_backward):
+        with estimator.capture():
+            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
+            losses_BT, feedback = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
+        if estimator.needs_backward:
+            estimator.watch(batch, losses_BT, float((batch.labels_BT != IGNORE).sum()))
+            estimator.backward_to_inputs(losses_BT)
+    estimator.add(batch, losses_BT.detach(), feedback)
+    return estimator.scores()[0].scores_U.double().cpu()
+
+
+# The measurement
+
+
+def measure(config: Config) -> dict[str, Any]:
+    """Hold every estimator against every reference at every checkpoint; write the JSON and the figure.
+
+    Raises ValueError where a checkpoint that the config names is not there or belongs to another model.
+    """
+    ensure_prepared(config)
+    device = launch.device()
+    found = checkpoints_of(config.run_dir)
+    names = config.fidelity.checkpoints or list(found) or [START]
+    if missing := [name for name in names if name not in {START, *found}]:
+        raise ValueError(
+            f"fidelity.checkpoints: no whole checkpoint {missing[0]} in {config.run_dir}/checkpoints; it has "
+            f"{', '.join(found) or 'none'} ({START}: the model that the config names)"
+        )
+    samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, "sequence")
+    # The same unseen batches for all checkpoints: after what the newest has read.
+    first = max((checkpoint_files.checkpoint_position(path) for path in found.values()), default=0)
+    size = config.fidelity.batch_size
+    batches = [
+        samples.batch(first + index * size, size, device) for index in range(_WARM_UP_BATCHES + config.fidelity.batches)
+    ]
+    comparisons: dict[tuple[str, ...], Comparison] = {}
+    shapley = []
+    for checkpoint in tqdm(names, desc="checkpoints"):
+        model = load_model(config.model, config.seed).eval()
+        moments, learning_rate = None, _peak_learning_rate(config)
+        if checkpoint != START:
+            load_weights(model, found[checkpoint])
+            moments = checkpoint_files.checkpoint_adam(found[checkpoint])
+            learning_rate = checkpoint_files.checkpoint_learning_rate(found[checkpoint])
+        model.to(device)
+        exact = copy.deepcopy(model).double()
+        adam = adam_step(config, exact, moments, learning_rate)
+        values_of_batch = []
+        for index, batch in enumerate(batches[_WARM_UP_BATCHES:]):
+            values, details = reference_values(config, exact, batch, adam, learning_rate, index)
+            values_of_batch.append(values)
+            shapley += [
+                {"checkpoint": checkpoint, "batch": index, "reference": name, **detail}
+                for name, detail in details.items()
+            ]
+        exact_forms: dict[tuple[str, str, bool], list[Tensor]] = {}
+        as_estimators = [
+            ((reference, "none", "none"), own, [values[reference, own] for values in values_of_batch])
+            for reference in _FIRST_ORDER
+            for own in _OWN_TERMS
+            if all((reference, own) in values for values in values_of_batch)
+        ]
+        scored = _all_scores(config, model, exact, batches, moments, adam, device)
+        for key, own, scores in itertools.chain(scored, as_estimators):
+            name, precondition, sketch = key
+            whole = exact_forms.setdefault((name, precondition, own), scores)  # an exact form comes before its sketch
+            for values, scores_B, whole_B in zip(values_of_batch, scores, whole, strict=True):
+                held = {reference: values_B for (reference, side), values_B in values.items() if side == own}
+                if EXACT in config.fidelity.references and sketch != "none":
+                    held[EXACT] = whole_B
+                for reference, values_B in held.items():
+                    where = (checkpoint, *key, reference, "in" if own else "out")
+                    pairs = comparisons.setdefault(where, Comparison(*where)).pairs
+                    pairs.append((scores_B.numpy(), values_B.numpy()))
+    report = {"rows": [comparison.row() for comparison in comparisons.values()], "shapley": shapley}
+    run_dir = Path(config.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "fidelity.json").write_text(json.dumps(report, indent=1))
+    draw(config, list(comparisons.values()), run_dir / "fidelity.png")
+    return report
+
+
+def _all_scores(
+    config: Config,
+    model: PreTrainedModel,
+    exact: PreTrainedModel,
+    batches: list[Batch],
+    moments: Moments | None,
+    adam: Adam | None,
+    device: torch.device,
+) -> Iterator[tuple[tuple[str, str, str], bool, list[Tensor]]]:
+    """(estimator, precondition, sketch), whether the own term is in, and the scores of every measured batch."""
+    measured = batches[_WARM_UP_BATCHES:]
+    second = second_moments(moments, adam.betas[1], device) if moments and adam else None
+    matrices: dict[str, list[Tensor]] = defaultdict(list)
+    if set(config.fidelity.estimators) & set(_COMPARISON_ONLY):
+        for batch in measured:
+            found = flattened_grams(model, batch) | {"ip": inner_products(sample_gradients(exact, batch))}
+            for name, matrix_BB in found.items():
+                matrices[name].append(matrix_BB.double().cpu())
+    for entry in config.fidelity.estimators:
+        name, _, form = entry.partition("/")
+        weights, precondition = (form, "none") if form in LAYER_WEIGHTS else ("none", form or "none")
+        if form in ("adam_state", "gains") and second is None:
+            continue  # no optimizer state to go by
+        if name in _LAST_BLOCKS:
+            means = second.means if second and form else None
+            grams = [partial_backward_gram(model, batch, _LAST_BLOCKS[name], means) for batch in measured]
+            for own in _OWN_TERMS:
+                yield (name, precondition, "none"), own, [row_sums(gram.double().cpu(), own) for gram in grams]
+            continue
+        for own in _OWN_TERMS:
+            if name in _COMPARISON_ONLY:
+                alone = name == "logit_gradient_norm"
+                yield (name, "none", "none"), own, [row_sums(matrix, own or alone) for matrix in matrices[name]]
+                continue
+            for influence in _forms(config, name, precondition, weights, own):
+                estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
+                if estimator.needs_second_moments and second:
+                    estimator.precondition(second)
+                for batch in batches[:_WARM_UP_BATCHES] if form in _WARMED_UP else []:
+                    scores_of(estimator, model, batch)
+                scores = [scores_of(estimator, model, batch) for batch in measured]
+                label = name if weights == "none" else entry
+                yield (label, precondition, widths(influence)), own, scores
+
+
+def _forms(config: Config, name: str, precondition: str, weights: str, own: bool) -> list[InfluenceConfig]:
+    """The estimator as the config sketches it and, where asked for, exact; controls have one form."""
+    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "layer_weights": weights}
+    chosen["include_self"] = own
+    base = replace(config.influence, reference="batch", unit="sequence", scope="micro_step", **chosen)
+    exact = replace(base, sketch="none")
+    if name in ("loss", "random") or base.sketch == "none":
+        return [exact]
+    return [exact, base] if config.fidelity.exact else [base]

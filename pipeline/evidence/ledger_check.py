@@ -1,0 +1,148 @@
+"""The proof from a ledger that nothing was lost or repeated."""
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from pipeline.data.prepared import load_split
+from pipeline.data.samples import Samples
+from pipeline.evidence.invariance import first_few
+from pipeline.record import ledger
+
+_CHUNK = 512
+
+
+def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
+    """What is in the ledger of `run_dir`, in one line, and everything in it that cannot be: none where no sample was
+    lost or repeated.
+
+    Sound is: every position from 0 to the last scored once, in order (with `unit: document`, each document of it
+    once); the sample and documents at each position are those that the seed puts there, where the prepared dataset
+    still lies at `data.prepared_dir` (else no sample comes twice in an epoch); steps from 1, each of as many
+    micro-batches of as many sequences; parts named after their steps; kept exactly where the weight is positive; no
+    checkpoint of a later step (of an earlier one it may be: stopped between the two writes). Raises ValueError where
+    there is no run.
+    """
+    if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
+        raise ValueError(f"{run_dir} is no run directory: config.yaml or ledger/ is missing")
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    prepared_dir = config["data"]["prepared_dir"]
+    rows, violations = _read_parts(run_dir / "ledger")
+    last, saved = 0 if rows.empty else rows["step"].max(), _newest_checkpoint(run_dir)
+    if saved > last:
+        violations.append(f"the newest checkpoint is of step {saved}, the ledger ends at step {last}")
+    if rows.empty:
+        return "no units yet", violations
+    checks = [_gaps_and_repeats(rows), _steps(rows), _kept_without_weight(rows)]
+    try:
+        samples = Samples(load_split(prepared_dir, "train"), config["seed"], config["influence"]["unit"])
+    except ValueError:
+        checks.append(_twice_in_an_epoch(rows))
+        how = f"order not recomputed: no prepared dataset at {prepared_dir}"
+    else:
+        checks.append(_out_of_order(rows, samples))
+        how = f"order recomputed from seed {config['seed']} and {prepared_dir}"
+    if saved < last:
+        how += f"; the newest checkpoint is of step {saved}: a resume scores later steps again, in place of these"
+    for check in checks:
+        violations += first_few(check)
+    steps, removed = rows["step"].nunique(), int((~rows["kept"]).sum())
+    found = f"{len(rows)} units at positions 0..{rows['position'].max()}, {steps} steps, {removed} removed"
+    return f"{found} ({how})", violations
+
+
+def _read_parts(directory: Path) -> tuple[pd.DataFrame, list[str]]:
+    """The rows of all parts, with the name of the `file` and `documents` that can be compared; and unsound parts."""
+    tables, violations = [ledger.SCHEMA.empty_table().to_pandas().assign(file="")], []
+    for part in sorted(directory.glob("steps-*.parquet")):
+        try:
+            rows = pq.read_table(part, schema=ledger.SCHEMA).to_pandas()
+        except (OSError, pa.ArrowException) as error:
+            violations.append(f"{part.name} cannot be read: {error}")
+            continue
+        first, last = rows["step"].min(), rows["step"].max()
+        if [int(number) for number in re.findall(r"\d+", part.stem)] != [first, last]:
+            violations.append(f"{part.name} holds steps {first} to {last}")
+        tables.append(rows.assign(file=part.name))
+    rows = pd.concat(tables[1:] or tables, ignore_index=True)
+    return rows.assign(documents=rows["document_ids"].map(tuple)), violations
+
+
+def _newest_checkpoint(run_dir: Path) -> int:
+    """Its step, 0 where there is none."""
+    latest = run_dir / "checkpoints" / "latest"
+    return int(latest.read_text().strip().removeprefix("step-")) if latest.is_file() else 0
+
+
+def _at(rows: pd.DataFrame, index: int) -> str:
+    row = rows.loc[index]
+    return f"position {row.position} (step {row.step}, micro-step {row.micro_step}, {row.file})"
+
+
+def _gaps_and_repeats(rows: pd.DataFrame) -> Iterator[str]:
+    """A sequence scored as a whole has one list of documents, so a repeated position repeats its documents too."""
+    position = rows["position"].to_numpy()
+    for index in _where(rows.duplicated(["position", "documents"])):
+        yield f"{_at(rows, index)} was scored before: documents {list(rows['documents'][index])}"
+    for before, after in pairwise(np.unique(np.append(position, -1))):
+        if after != before + 1:
+            at = _at(rows, int(np.argmax(position == after)))
+            yield f"positions {before + 1}..{after - 1} are missing before {at}"
+    for index in _where(np.diff(position, prepend=0) < 0):
+        yield f"{_at(rows, index)} comes after position {position[index - 1]}"
+
+
+def _where(mask: Any) -> list[int]:
+    return np.flatnonzero(mask).tolist()
+
+
+def _steps(rows: pd.DataFrame) -> Iterator[str]:
+    for missing in sorted(set(range(1, rows["step"].max() + 1)) - set(rows["step"])):
+        yield f"step {missing} is missing"
+    for index in _where(np.diff(rows["step"] * len(rows) + rows["micro_step"], prepend=0) < 0):
+        yield f"{_at(rows, index)} comes after a later step"
+    sequences = rows.groupby(["step", "micro_step"])["position"].nunique()
+    usual = sequences.mode()[0]
+    for (step, micro_step), count in sequences[sequences != usual].items():
+        yield f"step {step}, micro-step {micro_step} has {count} sequences, others {usual}"
+    accumulation = rows.groupby("step")["micro_step"].nunique().mode()[0]
+    for step, micro_steps in rows.groupby("step")["micro_step"].unique().items():
+        if sorted(micro_steps) != list(range(accumulation)):
+            yield f"step {step} has micro-steps {sorted(map(int, micro_steps))}, not 0..{accumulation - 1} as others"
+
+
+def _kept_without_weight(rows: pd.DataFrame) -> Iterator[str]:
+    for index in _where(rows["kept"] != (rows["weight"] > 0)):
+        yield f"{_at(rows, index)} has kept {rows['kept'][index]} at weight {rows['weight'][index]}"
+
+
+def _twice_in_an_epoch(rows: pd.DataFrame) -> Iterator[str]:
+    """All that can be said of the order without the dataset."""
+    again = rows.drop_duplicates("position").duplicated(["epoch", "sample_id"])
+    for index in again[again].index:
+        yield f"{_at(rows, index)} has sample {rows['sample_id'][index]} again in epoch {rows['epoch'][index]}"
+    for index in _where(~np.isin(np.diff(rows["epoch"], prepend=0), (0, 1))):
+        yield f"{_at(rows, index)} jumps to epoch {rows['epoch'][index]}"
+
+
+def _out_of_order(rows: pd.DataFrame, samples: Samples) -> Iterator[str]:
+    """Where a unit is not what the seed puts there; also all over, if the dataset was prepared anew since the run."""
+    for chunk, part in rows.groupby(rows["position"] // _CHUNK):
+        start, stop = chunk * _CHUNK, int(part["position"].max()) + 1
+        scored = set(part["position"])
+        units = [unit for unit in samples.units(start, stop - start) if unit.position in scored]
+        columns = (part[name] for name in ("position", "epoch", "sample_id", "documents"))
+        found = set(zip(*columns, strict=True))
+        right = {(u.position, samples.epoch(u.position), u.sample_id, tuple(u.document_ids)) for u in units}
+        for verb, wrong in (("holds", found - right), ("should hold", right - found)):
+            for position, epoch, sample, documents in sorted(wrong):
+                at = _at(part, part.index[part["position"] == position][0])
+                yield f"{at} {verb} sample {sample} of epoch {epoch}, documents {list(map(int, documents))}"

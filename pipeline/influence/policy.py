@@ -1,0 +1,80 @@
+"""Scores of a global micro-batch -> what happens to each of its units. Pure, and the same on every rank."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import PolicyConfig
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One entry a unit of the global micro-batch.
+
+    Weights multiply the unit's tokens in the loss and in its denominator (0: dropped). A reason says why a weight is
+    not 1, or why a flagged unit was spared; it is empty where there is nothing to say.
+    """
+
+    weights: Tensor
+    reasons: list[str]
+
+    def of(self, mask: Tensor) -> "Decision":
+        """The entries of some of the units."""
+        return Decision(self.weights[mask], [self.reasons[index] for index in mask.nonzero().flatten().tolist()])
+
+
+def decide(
+    scores: Tensor, tokens: Tensor, finite: Tensor, policy: PolicyConfig, step: int, seed: int, batch: int
+) -> Decision:
+    """Weights for the units that are decided together, the `batch`-th such group, in optimizer step `step` (from 1).
+
+    Flagged are scores below `policy.threshold`, or the lowest `policy.rate` of the units: a fraction of a unit is
+    rounded up or down at random, with a generator that all ranks share because it is seeded by (seed, batch). Ties go
+    by position, the earlier first. With `policy.flag: highest` it is the highest, or those above the threshold. At
+    most floor(max_drop_fraction * units) are dropped, worst first. `reweight` gives every unit the positive part of its
+    score, scaled to mean 1, however many that makes 0; where no score is positive, the weights stay 1. Units without
+    labelled tokens or without a score are neither flagged nor counted. Units that are not `finite` (in loss or score)
+    get weight 0 whatever the policy.
+    """
+    scores, counted = scores.double(), (tokens > 0) & scores.isfinite() & finite
+    sign = -1.0 if policy.flag == "highest" else 1.0
+    units = int(counted.sum())
+    place = torch.empty(len(scores), dtype=torch.long)
+    order = (sign * scores).masked_fill(~counted, torch.inf).argsort(stable=True)
+    place[order] = torch.arange(len(scores))
+    if policy.rule == "threshold":
+        flagged = (sign * scores < sign * policy.threshold) & counted
+    else:
+        flagged = (place < _stochastic_round(policy.rate * units, seed, batch)) & counted
+    dropped = flagged & (place < int(policy.max_drop_fraction * units + 1e-9))
+
+    weights = torch.ones_like(scores)
+    if step <= policy.warmup_steps:
+        reasons = {"warmup": flagged}
+    elif policy.action == "observe":
+        reasons = {"observe": flagged}
+    elif policy.action == "drop":
+        weights = weights.masked_fill(dropped, 0.0)
+        reasons = {policy.rule: dropped, "max_drop_fraction": flagged & ~dropped}
+    elif (positive := scores.clamp(min=0).masked_fill(~counted, 0.0)).sum() == 0:
+        reasons = {"no positive score": counted}
+    else:
+        weights = positive * (units / positive.sum())
+        reasons = {"reweight": counted}
+    return Decision(weights.masked_fill(~finite, 0.0), _reasons({**reasons, "non_finite": ~finite}))
+
+
+def _stochastic_round(expected: float, seed: int, batch: int) -> int:
+    whole = int(expected)
+    return whole + int(np.random.default_rng([seed, batch]).random() < expected - whole)
+
+
+def _reasons(which: dict[str, Tensor]) -> list[str]:
+    """The name of the mask that holds for each unit, or ''."""
+    reasons = [""] * len(next(iter(which.values())))
+    for name, mask in which.items():
+        for index in mask.nonzero().flatten().tolist():
+            reasons[index] = name
+    return reasons

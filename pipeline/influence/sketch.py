@@ -1,0 +1,62 @@
+"""Seeded random maps that keep inner products in expectation. Pure tensors."""
+
+import zlib
+
+import torch
+from torch import Tensor
+
+
+def seed_of(seed: int, what: str) -> int:
+    """A seed for `what` that depends on nothing but the run's and its name."""
+    return zlib.crc32(f"{seed}/{what}".encode())
+
+
+class CountSketch:
+    """A seeded random map from `dim` to `width` numbers that keeps inner products in expectation.
+
+    y[b] = sum over i with (i + offset) mod width = b of s_i x_i, with random signs s and a random offset, so that the
+    sketches of several layers that are added up fill all buckets. Unbiased: E[y . y'] = x . x' over seeds;
+    variance = sum over i != j in one bucket of (x_i^2 x'_j^2 + x_i x'_i x_j x'_j): about (|x|^2 |x'|^2 + (x . x')^2) /
+    width where energy is spread over the buckets, so the standard error falls like 1 / sqrt(width). Coordinates are
+    dealt to buckets in turn, not at random: that reads x once, in order, and keeps the most frequent tokens of a
+    vocabulary, which come first in those of byte-pair encodings, in buckets of their own. Exact up to signs where
+    dim <= width.
+
+    The map depends on (seed, dim, width) only, never on the device or the rank, and drawing it leaves torch's global
+    generator alone.
+    """
+
+    def __init__(self, dim: int, width: int, seed: int, device: torch.device) -> None:
+        self.width = width
+        generator = torch.Generator().manual_seed(seed)
+        self._signs_D = (torch.randint(0, 2, (dim,), generator=generator) * 2.0 - 1.0).to(device)
+        self._offset = int(torch.randint(0, width, (), generator=generator))
+
+    def __call__(self, x_ND: Tensor, out_NW: Tensor | None = None, scale: float | Tensor | None = None) -> Tensor:
+        """(N, dim) -> (N, width), in float32 (float64 stays), of x or x times `scale`, one number or `dim`; added to
+        `out_NW` where that is given."""
+        dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+        if out_NW is None:
+            out_NW = torch.zeros(len(x_ND), self.width, dtype=dtype, device=x_ND.device)
+        signs_D = self._signs_D.to(dtype)
+        if scale is not None:
+            signs_D = signs_D * scale  # not x, which is read once like this
+        first, bucket = 0, self._offset
+        while first < len(signs_D):
+            count = min(self.width - bucket, len(signs_D) - first)
+            part = slice(first, first + count)
+            out_NW[:, bucket : bucket + count].addcmul_(x_ND[:, part], signs_D[part])
+            first, bucket = first + count, 0
+        return out_NW
+
+    def of(self, coordinates_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Bucket and sign of each coordinate: what the sketch makes of that basis vector."""
+        return (coordinates_N + self._offset) % self.width, self._signs_D[coordinates_N]
+
+
+def hashed(sketch: CountSketch | None, x_ND: Tensor, scale_D: Tensor | None) -> Tensor:
+    """x times the scale through the sketch; without one, that itself; in float32 at least."""
+    if sketch:
+        return sketch(x_ND, scale=scale_D)
+    x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
+    return x_ND if scale_D is None else x_ND * scale_D.to(x_ND.dtype)

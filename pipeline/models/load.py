@@ -1,0 +1,73 @@
+"""The causal LM from transformers, with or without ZeRO-3; its linear layers and its head."""
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
+
+from pipeline.config.schema import ModelConfig
+
+
+def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
+    """The model in float32 (DeepSpeed casts it), in training mode; partitioned from the start under ZeRO-3.
+
+    `name_or_path` is a hub id or a directory with weights, or a `*.json` model config: then the weights are random,
+    from `seed`. Raises ValueError where there is no such model.
+    """
+    # Alive while the model is made, this makes transformers load and initialise ZeRO-3 partitions correctly, tied
+    # weights included; a bare deepspeed.zero.Init initialises GPT-Neo wrongly.
+    zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
+    torch.manual_seed(seed)
+    try:
+        if config.name_or_path.endswith(".json"):
+            model = _from_scratch(json.loads(Path(config.name_or_path).read_text()), zero3=is_deepspeed_zero3_enabled())
+        else:
+            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise _no_model(config, error) from error
+    del zero3
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def model_without_weights(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The same model on torch's meta device: shapes only, whatever its size. Raises ValueError where there is none."""
+    name = config.name_or_path
+    try:
+        json_settings = json.loads(Path(name).read_text()) if name.endswith(".json") else None
+        settings = AutoConfig.for_model(**json_settings) if json_settings else AutoConfig.from_pretrained(name)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise _no_model(config, error) from error
+    model.tie_weights()
+    if config.activation_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    return model.train()
+
+
+def _no_model(config: ModelConfig, error: Exception) -> ValueError:
+    return ValueError(
+        f"model.name_or_path: no model could be loaded from '{config.name_or_path}' ({error}); give a hub id, a "
+        "directory with weights, or a model config (*.json) to start from scratch"
+    )
+
+
+def _from_scratch(settings: dict[str, Any], zero3: bool) -> PreTrainedModel:
+    """Random weights that are a function of the seed, not of the ZeRO stage.
+
+    Under ZeRO-3 transformers initialises every module once, when all are there; elsewhere torch has drawn weights for
+    each as it was made, before. Those draws are left out, so both begin at the same one.
+    """
+    with nullcontext() if zero3 else no_init_weights():
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    if not zero3:
+        model.initialize_weights()
+        model.tie_weights()
+    return model

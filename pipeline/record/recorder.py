@@ -1,0 +1,156 @@
+"""What is taken down of a run: ledger, TensorBoard, progress bar."""
+
+import math
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from pipeline.config.cli import to_yaml
+from pipeline.config.schema import Config
+from pipeline.data.samples import Samples
+from pipeline.influence.policy import Decision
+from pipeline.record import ledger
+from pipeline.record.outcome import Outcome, UnitTable
+from pipeline.record.tensorboard import TensorBoard
+
+
+class Recorder:
+    """Takes down what happens in a run: ledger, TensorBoard, progress bar. Exists on rank 0 only.
+
+    `step` is the optimizer step that the run goes on from, 0 for a new one; `quiet`: without the progress bar.
+    """
+
+    def __init__(self, config: Config, samples: Samples, step: int, quiet: bool = False) -> None:
+        run_dir = Path(config.run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(to_yaml(config))
+        self._observe, self._samples = config.observe, samples
+        self._tokenizer = None
+        if config.observe.log_texts:
+            self._tokenizer = AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer"))
+        self._ledger = ledger.Ledger(run_dir, step)
+        self._board = TensorBoard(run_dir, step, ledger.read(run_dir))
+        if not step:
+            self._board.hyperparameters(to_yaml(config))
+        # A log file gets a line now and then instead of a bar that moves.
+        interval = 1.0 if sys.stderr.isatty() else 15.0
+        self._bar = tqdm(
+            total=config.max_steps,
+            initial=step,
+            unit="step",
+            desc="train",
+            dynamic_ncols=True,
+            mininterval=interval,
+            disable=quiet,
+        )
+        self._seconds: Counter[str] = Counter()
+
+    def step(
+        self,
+        step: int,
+        outcome: Outcome,
+        sequences: int,
+        scalars: dict[str, float],
+        seconds: dict[str, float],
+        norms: dict[str, Tensor],
+    ) -> None:
+        """Optimizer step `step`, of global micro-batches of `sequences` each: a ledger row for every unit; `scalars`,
+        `seconds` by part and `norms` of layer inputs for TensorBoard."""
+        parts = [
+            self._rows({"step": step, "micro_step": m, "position": position}, sequences, units, decision)
+            for m, (position, units, decision) in enumerate(outcome.micro_batches)
+        ]
+        rows = pa.concat_tables(parts)
+        self._ledger.append(rows)
+        self._seconds.update(seconds)
+        rate = sum(rows["tokens"].to_pylist()) / seconds["step"]
+        losses = [_kept_loss(units, decision) for _, units, decision in outcome.micro_batches]
+        loss = sum(losses) / len(losses)
+        scoring = _scoring(seconds) / seconds["step"]
+        self._board.scalars(
+            {
+                "train/loss": loss,
+                "train/grad_norm": math.nan if outcome.gradient_norm is None else outcome.gradient_norm,
+                "train/tokens_per_second": rate,
+                "train/scoring_fraction": scoring,
+                **scalars,
+            },
+            step,
+        )
+        if outcome.disagreement is not None:
+            self._board.scalars({"influence/scope_disagreement": outcome.disagreement}, step)
+        if outcome.audit is not None:
+            self._board.scalars({"influence/audit_pearson": outcome.audit}, step)
+        self._board.scalars({f"time/{part}": value for part, value in seconds.items()}, step)
+        detailed = step % self._observe.every_steps == 0
+        self._board.influence(rows, step, histogram=detailed)
+        if detailed:
+            self._board.scalars({f"layers/activation_norm/{name}": float(norm) for name, norm in norms.items()}, step)
+            if self._tokenizer:
+                self._board.removed_texts(rows, self._text_of, step)
+        self._bar.set_postfix(loss=f"{loss:.3f}", removed=self._board.removed, tok_s=f"{rate:.0f}", refresh=False)
+        self._bar.update()
+
+    def _rows(self, where: dict[str, int], size: int, table: UnitTable, decision: Decision) -> pa.Table:
+        """Ledger rows of the global micro-batch of `size` sequences at `where`: its step, micro_step and position."""
+        units = self._samples.units(where["position"], size)
+        tokens = [int(count) for count in table.tokens.tolist()]
+        weights = decision.weights.tolist()
+        return ledger.table(
+            {
+                **where,
+                "rank": table.ranks.tolist(),
+                "epoch": [self._samples.epoch(unit.position) for unit in units],
+                "position": [unit.position for unit in units],
+                "sample_id": [unit.sample_id for unit in units],
+                "document_ids": [unit.document_ids for unit in units],
+                "subset": [unit.subset for unit in units],
+                "tokens": tokens,
+                "loss": [loss / max(count, 1) for loss, count in zip(table.losses.tolist(), tokens, strict=True)],
+                "score": table.scores.tolist(),
+                "kept": [weight > 0 for weight in weights],
+                "reason": decision.reasons,
+                "weight": weights,
+            }
+        )
+
+    def evaluation(self, figures: dict[str, Any], step: int) -> None:
+        for name, row in [("all", figures["all"]), *figures["subsets"].items()]:
+            self._board.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", "bits_per_byte")}, step)
+
+    def commit(self, step: int) -> None:
+        """Publish all rows up to `step`: a checkpoint of it was just written."""
+        self._ledger.commit(step)
+        self._board.flush()
+
+    def close(self) -> float | None:
+        """Close all files; returns the fraction of the time of its steps that this process spent on scoring, if any."""
+        self._bar.close()
+        self._board.close()
+        return _scoring(self._seconds) / self._seconds["step"] if self._seconds else None
+
+    def _text_of(self, row: dict[str, Any]) -> str:
+        assert self._tokenizer
+        return str(self._tokenizer.decode(self._samples.tokens_of(row["sample_id"], row["document_ids"])))
+
+
+def _kept_loss(units: UnitTable, decision: Decision) -> float:
+    """The weighted mean loss of a micro-batch, 0 where nothing is kept."""
+    kept = decision.weights > 0  # what is not finite is not
+    weights = decision.weights[kept]
+    tokens = float((weights * units.tokens[kept]).sum())
+    return float((weights * units.losses[kept]).sum()) / tokens if tokens else 0.0
+
+
+def _scoring(seconds: Mapping[str, float]) -> float:
+    """What scoring took: all named parts of a step. A forward for scoring alone has three of them inside."""
+    within = {"layer inputs", "logit gradient", "moments"} if "scoring forward" in seconds else set()
+    inside = {"step", "audit", *within}
+    return sum(value for part, value in seconds.items() if part not in inside)

@@ -1,0 +1,142 @@
+"""RUN_DIR/tensorboard: what a person looks at while a run goes on."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from torch.utils.tensorboard import SummaryWriter
+
+from pipeline.record import ledger, subset_rates
+
+_TEXTS = 4
+
+
+_TEXT_CHARACTERS = 1500
+
+
+# One tab, "Custom scalars", that shows what was removed at a glance.
+_LAYOUT = {
+    "Removed": {
+        "units in total": ["Multiline", ["influence/removed_total"]],
+        "fraction of each step": ["Multiline", ["influence/removed_fraction$"]],
+        "units by subset": ["Multiline", ["influence/removed_by_subset/.*"]],
+        "fraction by subset": ["Multiline", ["removed_fraction_by_subset/.*"]],
+    },
+    "Training": {
+        "loss of what was kept": ["Multiline", ["train/loss"]],
+        "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]],
+        "scores against what losses did": ["Multiline", ["influence/audit_pearson"]],
+    },
+}
+
+
+class TensorBoard:
+    """Writes RUN_DIR/tensorboard; one process, rank 0.
+
+    Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged.
+    """
+
+    def __init__(self, run_dir: Path, step: int, rows: pa.Table) -> None:
+        self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._units: Counter[str] = Counter()
+        self._removed: Counter[str] = Counter()
+        self._count(rows)
+        self._step = step
+        self._seen_standing_out = {(row["subset"], row["stands_out"]) for row in self._standing_out()}
+        self._writer.add_custom_scalars(_LAYOUT)
+
+    @property
+    def removed(self) -> int:
+        """Units removed since the run began."""
+        return self._removed.total()
+
+    def hyperparameters(self, config_yaml: str) -> None:
+        self._writer.add_text("hyperparameters", _code(config_yaml))
+
+    def scalars(self, values: Mapping[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+
+    def influence(self, rows: pa.Table, step: int, histogram: bool) -> None:
+        """Kept and removed units of one optimizer step, and in total and by subset since the run began.
+
+        With `histogram` also that of the scores, and a warning where a subset begins to stand out."""
+        self._count(rows)
+        self._step = step
+        removed = len(rows) - rows["kept"].to_pylist().count(True)
+        total, units = self._removed.total(), self._units.total()
+        self.scalars(
+            {
+                "influence/removed_total": total,
+                "influence/removed_fraction": removed / len(rows),
+                "influence/removed_fraction_total": total / units,
+                "kept/total": units - total,
+            },
+            step,
+        )
+        for subset, units in self._units.items():
+            removed = self._removed[subset]
+            self.scalars(
+                {
+                    f"influence/removed_by_subset/{subset}": removed,
+                    f"kept/by_subset/{subset}": units - removed,
+                    f"removed_fraction_by_subset/{subset}": removed / units,
+                },
+                step,
+            )
+        scores = rows["score"].drop_null().to_numpy()
+        if histogram and len(scores):
+            self._writer.add_histogram("influence/score", scores, step)
+        if histogram:
+            new = [r for r in self._standing_out() if (r["subset"], r["stands_out"]) not in self._seen_standing_out]
+            self._seen_standing_out |= {(row["subset"], row["stands_out"]) for row in new}
+            self._warn(new, step)
+
+    def removed_texts(self, rows: pa.Table, text_of: Callable[[dict[str, Any]], str], step: int) -> None:
+        """The worst few of the removed units among `rows`, decoded by `text_of(row)`, one after another."""
+        removed = [row for row in rows.to_pylist() if not row["kept"]]
+        worst = sorted(removed, key=lambda row: -math.inf if row["score"] is None else row["score"])[:_TEXTS]
+        if worst:
+            texts = "\n\n---\n\n".join(_described(row, text_of(row)) for row in worst)
+            self._writer.add_text("influence/removed_text", texts, step)
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the files; a last text says which subsets stand out at the end."""
+        self._warn(self._standing_out(), self._step)
+        self._writer.close()
+
+    def _standing_out(self) -> list[dict[str, Any]]:
+        return subset_rates.standing_out({name: (units, self._removed[name]) for name, units in self._units.items()})
+
+    def _warn(self, rows: list[dict[str, Any]], step: int) -> None:
+        if rows:
+            text = "\n".join(f"- {subset_rates.in_words(row)}" for row in rows)
+            self._writer.add_text("influence/standing_out", text, step)
+
+    def _count(self, rows: pa.Table) -> None:
+        for subset, (units, removed) in ledger.counts_by_subset(rows).items():
+            self._units[subset] += units
+            self._removed[subset] += removed
+
+
+def _described(row: dict[str, Any], text: str) -> str:
+    head = (
+        f"**score {_number(row['score'])}** · loss {_number(row['loss'])} · {row['reason']} · subset `{row['subset']}` "
+        f"· sample {row['sample_id']} · documents {', '.join(map(str, row['document_ids']))}"
+    )
+    return f"{head}\n\n{_code(text[:_TEXT_CHARACTERS])}"
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
+
+
+def _code(text: str) -> str:
+    """Indented, so that Markdown shows it as it is, whatever is in it."""
+    return "\n".join("    " + line for line in text.replace("\x00", "\ufffd").splitlines())

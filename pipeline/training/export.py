@@ -1,0 +1,38 @@
+"""The end of a run: the model as a Hugging Face directory, and the summary."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.engine import deepspeed_engine
+from pipeline.engine.checkpoints import Progress
+from pipeline.record import ledger, subset_rates
+from pipeline.record.recorder import Recorder
+
+
+def finish(
+    ds_engine: deepspeed_engine.DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None
+) -> dict[str, Any] | None:
+    """Write RUN_DIR/model, from any ZeRO stage, and RUN_DIR/summary.json; the summary, on rank 0. Collective."""
+    weights = deepspeed_engine.full_state_dict(ds_engine)
+    if recorder is None:
+        return None
+    run_dir = Path(config.run_dir)
+    ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
+    shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
+    units = ledger.counts_by_subset(ledger.read(run_dir))
+    summary = {
+        "run_dir": config.run_dir,
+        "steps": progress.step,
+        "sequences": progress.position,
+        "evaluation_before": progress.evaluations.get(0),
+        "evaluation_after": progress.evaluations.get(progress.step),
+        "evaluations": progress.evaluations,
+        "units_by_subset": units,
+        "standing_out": subset_rates.standing_out(units),
+        "scoring_fraction": recorder.close(),
+    }
+    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    return summary

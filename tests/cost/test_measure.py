@@ -1,0 +1,302 @@
+"""What the benchmark counts, on tiny models: no timed assertion anywhere."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.baselines.exact_ghost import ExactGhost, inner_products
+from pipeline.benchmark import run
+from pipeline.config.schema import Config, InfluenceConfig
+from pipeline.config.timing import Stopwatch
+from pipeline.cost import measure as measure_module
+from pipeline.cost import memory as memory_module
+from pipeline.cost.measure import measure, variants
+from pipeline.cost.memory import PeakMemory, bytes_held
+from pipeline.cost.random_tokens import RandomTokens
+from pipeline.cost.tables import print_sweep, print_tables
+from pipeline.cost.work import Work
+from pipeline.influence.sketch import CountSketch
+from pipeline.models.layers import linear_layers
+from pipeline.tasks.causal_lm import token_losses
+from tests.distributed import Ranks
+from tests.runs import ADAM, config_of, deepspeed_json
+from tests.tiny_models import VOCABULARY, tiny
+
+CPU = torch.device("cpu")
+LENGTH = 16
+
+
+def bench(
+    tmp_path: Path,
+    model: Path,
+    stage: int = 1,
+    micro: int = 2,
+    accumulation: int = 1,
+    sketch: bool = True,
+    **options: Any,
+) -> Config:
+    """The config of two measured rounds; of the corpus it names nothing exists."""
+    settings = deepspeed_json(tmp_path / f"ds{micro}{accumulation}.json", stage, micro, accumulation, optimizer=ADAM)
+    widths = {"influence__sketch__inputs": 8, "influence__sketch__gradients": 32, "influence__sketch__layers": 4}
+    options = {"benchmark__pairs": 2, "benchmark__warmup": 1} | (widths if sketch else {}) | options
+    return config_of(tmp_path / "none", tmp_path / "run", model, settings, **options)
+
+
+def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
+    (found, _), (other, _) = ranks(run, bench(tmp_path, tiny_model("gpt_neo")))
+    assert json.loads((tmp_path / "run" / "benchmark.json").read_text()) == found
+    top = {"step_time_ratio_median", "step_time_ratio_quartiles", "peak_memory_ratio", "bytes_per_micro_batch"}
+    assert top <= found.keys()
+    assert found["estimator"] == "lai"
+    low, high = found["step_time_ratio_quartiles"]
+    assert 0 < low <= found["step_time_ratio_median"] <= high
+    assert len(found["step_seconds"]["plain"]) == len(found["step_seconds"]["lai"]) == 2
+    assert found["step_seconds"] == other["step_seconds"], "each step's time is its slowest rank's"
+    parts = found["estimators"]["lai"]["seconds_by_part"]
+    assert {
+        "layer inputs",
+        "logit gradient",
+        "moments",
+        "reduce",
+        "scores",
+        "decide",
+        "ledger, TensorBoard",
+    } == parts.keys()
+    assert found["plain"]["model_flops_utilization"] is None
+    print_tables(found)
+    shown = capsys.readouterr().out
+    assert "backward" in shown
+    assert "…" not in shown, "every column has its place on 80 characters"
+
+
+def test_score_first_runs_half_the_backward_where_half_is_dropped(ranks, tiny_model, tmp_path):
+    """Catches a backward of what was dropped, and a plain step that drops too."""
+    half = {"policy__rule": "rate", "policy__rate": 0.5, "benchmark__pairs": 1, "influence__passes": "score_first"}
+    (found, _), _ = ranks(run, bench(tmp_path, tiny_model("gpt_neo"), **half))
+    plain, scored = found["plain"]["gflop"], found["estimators"]["lai"]["gflop"]
+    assert scored["backward"] == pytest.approx(plain["backward"] / 2)
+    assert scored["forward"] == pytest.approx(1.5 * plain["forward"], rel=0.15)
+
+
+def seen(config: Config) -> list[tuple[list[int], int]]:
+    """Positions and tokens (their sum) of every batch of a run."""
+    batches = []
+
+    class Watched(RandomTokens):
+        def batch_at(self, positions, device):
+            batch = super().batch_at(positions, device)
+            batches.append((positions, int(batch.input_ids_BT.sum())))
+            return batch
+
+    original, measure_module.RandomTokens = measure_module.RandomTokens, Watched
+    try:
+        measure(config)
+    finally:
+        measure_module.RandomTokens = original
+    return batches
+
+
+def test_plain_and_scored_steps_see_the_same_tokens(ranks, tiny_model, tmp_path):
+    """Catches steps that draw on, and ranks that read the same."""
+    config = bench(tmp_path, tiny_model("gpt_neo"), benchmark__estimators='["lai","lli"]')
+    first, second = ranks(seen, config)
+    for own in (first, second):
+        assert own[0::3] == own[1::3] == own[2::3]
+        assert len({tokens for _, tokens in own[0::3]}) == 9  # one warm-up, two measured, five for memory, one counted
+    assert {p for positions, _ in first for p in positions}.isdisjoint(p for positions, _ in second for p in positions)
+
+
+def bytes_of_lai(config: Config) -> tuple[float, dict[str, int], dict[str, int]]:
+    found = measure(config)
+    return found["bytes_per_micro_batch"], found["plain"]["wire_bytes"], found["estimators"]["lai"]["wire_bytes"]
+
+
+@pytest.mark.parametrize(("micro", "accumulation"), [(1, 1), (4, 1), (2, 3)])
+def test_lai_hands_over_one_sketch_a_micro_batch_whatever_the_batch(ranks, tiny_model, tmp_path, micro, accumulation):
+    config = bench(tmp_path, tiny_model("gpt_neo"), 1, micro, accumulation)
+    for scoring, plain, scored in ranks(bytes_of_lai, config):
+        assert scoring == 4 * 8 * 32
+        # One row of eight numbers a unit, and how many rows there are: in plain training as well.
+        assert scored["all_gather"] == plain["all_gather"] > accumulation * (micro * 8 * 8 + 8)
+
+
+def test_and_whatever_the_number_of_ranks(tiny_model, tmp_path):
+    three = Ranks(3)
+    try:
+        found = three(bytes_of_lai, bench(tmp_path, tiny_model("gpt_neo"), 0, benchmark__pairs=1))
+    finally:
+        three.stop()
+    assert [scoring for scoring, *_ in found] == [4 * 8 * 32] * 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_operations_are_those_of_the_formulas(ranks, tiny_model, tmp_path, checkpointing):
+    """Catches phases mixed up, recomputation taken for model work, and scoring that is not seen."""
+    config = bench(
+        tmp_path,
+        tiny_model("gpt_neo"),
+        2,
+        sketch=False,
+        influence__sketch="none",
+        model__activation_checkpointing=checkpointing,
+    )
+    found, _ = ranks(measure, config)
+    tokens, width, layers = 2 * LENGTH, 16, 2
+    linear = layers * (4 * width * width + 2 * width * 4 * width)
+    head = width * VOCABULARY
+    attention = layers * 2 * 2 * tokens * LENGTH * width
+    forward = 2 * tokens * (linear + head) + attention
+    plain = found["plain"]["gflop"]
+    assert plain["forward"] * 1e9 == pytest.approx(forward)
+    assert plain["optimizer"] == 0
+    again = plain["backward"] * 1e9 - 2 * forward
+    # Blocks are recomputed, up to what the backward needs of them; the head is not.
+    assert 0.6 * (forward - 2 * tokens * head) < again <= forward - 2 * tokens * head if checkpointing else again == 0
+    # q, k and v share one product; then the attention's output, c_fc and c_proj, and the head.
+    inputs = layers * (width + width + width + 4 * width) + width
+    assert found["estimators"]["lai"]["scoring_gflop"] * 1e9 == pytest.approx(2 * tokens * inputs * VOCABULARY)
+
+
+def test_a_sketch_passes_over_its_input_once():
+    """And over its output once, to fill it with zeros."""
+    sketch, model = CountSketch(64, 16, 0, CPU), torch.nn.Linear(1, 1)
+    x_ND = torch.randn(10, 64)
+    with Work(model) as work:
+        sketch(x_ND)
+    assert work.elements == {"forward": 10 * 64 + 10 * 16}
+    assert not work.flops
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_several_estimators_beside_the_same_plain_steps(ranks, tiny_model, tmp_path, capsys, stage):
+    names = ["none", "lai", "lai/adam_state", "residual", "ghost", "ghost/adam_state", "ghost_exact"]
+    config = bench(tmp_path, tiny_model("llama"), stage, benchmark__estimators=json.dumps(names), benchmark__pairs=1)
+    found, _ = ranks(measure, config)
+    rows = found["estimators"]
+    assert list(rows) == names
+    assert found["estimator"] == "none"
+    assert rows["none"]["bytes_per_micro_batch"] == rows["none"]["scoring_gflop"] == 0
+    assert rows["lai/adam_state"]["bytes_per_micro_batch"] > rows["lai"]["bytes_per_micro_batch"] == 4 * 8 * 32
+    assert rows["ghost"]["bytes_per_micro_batch"] >= 4 * 4 * 32
+    assert rows["lai"]["held_bytes"] > rows["none"]["held_bytes"] == 0
+    print_tables(found)
+    assert "…" not in capsys.readouterr().out
+    # At these sizes the token pairs of a micro-batch are dearer than anything sketched.
+    assert rows["ghost_exact"]["scoring_gflop"] > rows["ghost"]["scoring_gflop"] > 0
+
+
+def test_a_sweep_changes_one_size_at_a_time(ranks, tmp_path, capsys):
+    """Catches sizes that do not reach the model, and a factor 1 that is measured over and over."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps({"model_type": "gpt_neo"} | tiny("gpt_neo").config.to_diff_dict()))
+    config = bench(tmp_path, model, benchmark__sweep="[1,2]", benchmark__pairs=1)
+    (_, rows), _ = ranks(run, config)
+    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == rows
+    *rows, two_ranks = rows
+    assert (two_ranks["dimension"], two_ranks["size"]) == ("ranks", 2)
+    assert (tmp_path / "run" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    assert [(row["dimension"], row["size"]) for row in rows[::2]] == [
+        ("tokens", 16), ("layers", 2), ("width", 16), ("vocabulary", 300), ("sketch", 32)
+    ]  # fmt: skip
+    assert [row["size"] for row in rows[1::2]] == [32, 4, 32, 600, 64]
+    base = rows[0]
+    assert all(row | {"dimension": 0, "size": 0} == base | {"dimension": 0, "size": 0} for row in rows[::2])
+    tokens, layers, width, vocabulary, sketch = rows[1::2]
+    assert [row["bytes_per_micro_batch"] / 1024 for row in rows[1::2]] == [1, 1, 1, 1, 4]
+    assert tokens["scoring_gflop"] == 2 * base["scoring_gflop"]
+    assert layers["scoring_gflop"] == width["scoring_gflop"] == vocabulary["scoring_gflop"] == base["scoring_gflop"]
+    assert sketch["scoring_gflop"] == 4 * base["scoring_gflop"]
+    assert base["parameters"] < vocabulary["parameters"] < layers["parameters"] < width["parameters"]
+    print_sweep([*rows, two_ranks])
+    shown = capsys.readouterr().out
+    assert "vocabulary" in shown
+    assert "…" not in shown
+
+
+def test_a_sweep_keeps_what_other_numbers_of_ranks_cost(ranks, tmp_path):
+    """Catches rows of another estimator or of as many ranks that stay."""
+    model = tmp_path / "model.json"
+    model.write_text(json.dumps({"model_type": "gpt_neo"} | tiny("gpt_neo").config.to_diff_dict()))
+    config = bench(tmp_path, model, benchmark__sweep="[1]", benchmark__pairs=1)
+    (_, rows), _ = ranks(run, config)
+    file = tmp_path / "run" / "sweep.json"
+    two, others = rows[-1], [{"size": 1}, {"size": 4}, {"size": 8, "estimator": "lli"}]
+    file.write_text(json.dumps([two, *(two | other for other in others)]))
+    (_, rows), _ = ranks(run, config)
+    assert [row["size"] for row in rows if row["dimension"] == "ranks"] == [2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"benchmark__estimators": '["lia"]'}, "no estimator 'lia'"),
+        ({"benchmark__estimators": '["ghost/adam"]'}, "no precondition 'adam'"),
+        ({"benchmark__estimators": '["ghost/adam_ema"]'}, "adam_ema"),
+        ({"influence__estimator": "none"}, "scores nothing"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_name(tiny_model, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        variants(bench(tmp_path, tiny_model("gpt_neo"), **options))
+
+
+def refusal(config: Config) -> str:
+    with pytest.raises(ValueError, match=r".") as error:
+        measure(config)
+    return str(error.value)
+
+
+def test_what_the_engine_or_the_model_cannot_do_is_refused(ranks, tiny_model, tmp_path):
+    config = bench(tmp_path, tiny_model("gpt_neo"), 1, 2, 2, benchmark__estimators='["ghost"]')
+    assert "gradient_accumulation_steps" in ranks(refusal, config)[0]
+    config = bench(tmp_path, tiny_model("gpt_neo"), data__sequence_length=65)
+    assert "65 is more than the 64" in ranks(refusal, config)[0]
+
+
+@pytest.mark.parametrize("tokens", [4, 40])
+def test_products_of_gradients_by_pairs_and_whole_are_the_same(tokens):
+    generator = torch.Generator().manual_seed(0)
+    input_BTD, gradient_BTO = (torch.randn(3, tokens, n, generator=generator, dtype=torch.float64) for n in (20, 30))
+    gradients = torch.einsum("btd,bto->bdo", input_BTD, gradient_BTO).flatten(1)
+    assert torch.allclose(inner_products(input_BTD, gradient_BTO), gradients @ gradients.sum(0))
+
+
+def test_exact_ghost_is_the_inner_product_of_the_gradients_of_all_linear_layers():
+    model = tiny("llama").double().train()
+    layers = linear_layers(model)
+    batch = RandomTokens(VOCABULARY, LENGTH, 0).batch_at([0, 1, 2], CPU)
+    estimator = ExactGhost(InfluenceConfig(), layers, 0, CPU, Stopwatch(CPU))
+    losses_BT, _ = token_losses(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT)
+    weights = [layer.weight for layer in layers.values()]
+    rows = [torch.autograd.grad(losses_T.sum(), weights, retain_graph=True) for losses_T in losses_BT]
+    with estimator.capture():
+        losses_BT, _ = token_losses(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT)
+    losses_BT.sum().backward()
+    estimator.add(batch, losses_BT.detach(), None)
+    [scored] = estimator.scores()
+    gradients_BP = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+    assert torch.allclose(scored.scores_U, gradients_BP @ gradients_BP.sum(0), rtol=1e-9)
+    assert scored.tokens_U.tolist() == [LENGTH - 1] * 3
+
+
+@pytest.mark.parametrize("resettable", [True, False])
+def test_peak_memory_sees_what_came_and_went_inside_only(monkeypatch, tmp_path, resettable):
+    if not resettable:
+        monkeypatch.setattr(memory_module, "_CLEAR", tmp_path / "none" / "clear_refs")
+    size = 200 * 2**20
+    torch.ones(2 * size, dtype=torch.uint8)
+    peaks = []
+    for numbers in (1, size):
+        with PeakMemory(CPU) as memory:
+            for _ in range(20):
+                torch.ones(numbers, dtype=torch.uint8)
+        peaks.append(memory.peak)
+    assert 0.9 * size < peaks[1] - peaks[0] < 1.1 * size
+
+
+def test_bytes_held_are_those_of_tensors_outside_of_modules():
+    sketch = CountSketch(64, 16, 0, CPU)
+    assert bytes_held(sketch, sketch, torch.nn.Linear(4, 4)) == 64 * 4

@@ -1,0 +1,56 @@
+"""The same figures on the accelerator as on the CPU; without an accelerator the CPU is compared with itself."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config.schema import InfluenceConfig, SketchConfig
+from pipeline.config.timing import Stopwatch
+from pipeline.cost.memory import PeakMemory
+from pipeline.cost.random_tokens import RandomTokens
+from pipeline.cost.work import Work
+from pipeline.influence.estimator import Estimator
+from pipeline.tasks.causal_lm import token_losses
+from tests.tiny_models import VOCABULARY, tiny
+
+CPU = torch.device("cpu")
+DEVICE = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else CPU
+
+
+def scored(name: str, device: torch.device, sketched: bool, dtype: torch.dtype) -> tuple[Tensor, Work, set[str]]:
+    """Scores, what they took, and the timed parts."""
+    model, timed = tiny("gpt_neo").train().to(device, dtype), Stopwatch(device)
+    config = InfluenceConfig(estimator=name, sketch=SketchConfig(8, 32, 8) if sketched else "none")
+    estimator = Estimator(config, model, 3, device, timed)
+    batch = RandomTokens(VOCABULARY, 16, 0).batch_at([0, 1, 2, 3], device)
+    with Work(model) as work:
+        with estimator.capture():
+            logits_BTV = model(input_ids=batch.input_ids_BT).logits
+            losses_BT, feedback_NG = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
+        if estimator.needs_backward:
+            estimator.watch(batch, losses_BT, float(losses_BT.numel()))
+        losses_BT.sum().backward()
+        estimator.add(batch, losses_BT.detach(), feedback_NG)
+        [found] = estimator.scores()
+    return found.scores_U.cpu(), work, set(timed.read())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
+@pytest.mark.parametrize("sketched", [True, False])
+@pytest.mark.parametrize("name", ["lai", "lli", "residual", "ghost"])
+def test_scores_and_their_cost_are_those_of_the_cpu(name, sketched, dtype, tolerance):
+    expected, work, parts = scored(name, CPU, sketched, torch.float32)
+    found, own_work, own_parts = scored(name, DEVICE, sketched, dtype)
+    assert (found - expected).abs().max() <= tolerance * expected.abs().max()
+    assert own_parts == parts
+    assert own_work.flops == work.flops, "other kernels, the same products"
+
+
+def test_peak_memory_of_a_step_that_came_and_went():
+    size = 200 * 2**20
+    peaks = []
+    for numbers in (1, size):
+        with PeakMemory(DEVICE) as memory:
+            torch.ones(numbers, dtype=torch.uint8, device=DEVICE)
+        peaks.append(memory.peak)
+    assert 0.9 * size < peaks[1] - peaks[0] < 1.1 * size

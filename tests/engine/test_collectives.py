@@ -1,0 +1,34 @@
+import pytest
+import torch
+
+from pipeline.engine import collectives
+
+
+def gathered() -> list[list[float]]:
+    rank = collectives.rank()
+    rows = torch.tensor([[rank, index] for index in range(3 * rank)], dtype=torch.float64).reshape(-1, 2)
+    return collectives.all_gather_rows(rows).tolist()
+
+
+def test_rows_come_in_rank_order_also_where_a_rank_has_none(ranks):
+    """Catches padding that is taken for rows."""
+    assert ranks(gathered) == [[[1, 0], [1, 1], [1, 2]]] * 2
+
+
+def other_code() -> None:
+    rank = collectives.rank()
+    collectives.agree({"config": "the same", "code": f"version {rank}", "torch": "the same"})
+
+
+def test_ranks_that_run_other_code_are_told_apart_by_name_on_all_ranks(ranks):
+    with pytest.raises(AssertionError, match="different things:\n  code: version 1 on rank 1, version 0 on rank 0"):
+        ranks(other_code)
+
+
+def from_rank_0() -> tuple[object, float]:
+    rank = collectives.rank()
+    return collectives.broadcast({"rank": rank}), float(collectives.all_reduce_sum(torch.tensor(1.0 + rank)))
+
+
+def test_broadcast_is_rank_0s_and_the_sum_is_over_all(ranks):
+    assert ranks(from_rank_0) == [({"rank": 0}, 3.0)] * 2

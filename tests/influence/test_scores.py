@@ -1,0 +1,110 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.influence.appendix_e import SquaredGradient
+from pipeline.influence.scores import influence_scores, unit_moments
+from pipeline.influence.sketch import CountSketch, hashed
+from tests.reference.influence import quadruple_loop
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    samples=st.integers(1, 4),
+    tokens=st.integers(1, 4),
+    widths=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    vocabulary=st.integers(2, 5),
+    include_self=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_moment_form_equals_the_quadruple_loop_of_eq_4(samples, tokens, widths, vocabulary, include_self, seed):
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(samples, tokens, d, generator=generator, dtype=torch.float64) for d in widths]
+    feedback = torch.randn(samples, tokens, vocabulary, generator=generator, dtype=torch.float64)
+    spans = [(j * tokens, (j + 1) * tokens) for j in range(samples)]
+    moments = unit_moments(torch.cat(inputs, dim=2).flatten(0, 1), feedback.flatten(0, 1), spans)
+    scores = influence_scores(moments, moments.sum(0), own=0.0 if include_self else 1.0)
+    expected = quadruple_loop(inputs, feedback, include_self)
+    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
+
+
+def test_positive_helps_a_step_along_the_unit_lowers_the_reference_loss():
+    """Catches the minus of Eq. 4: one linear layer, where a unit's gradient is its moment."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
+    labels = torch.randint(0, 5, (6,), generator=generator)
+
+    def losses(w):
+        return torch.nn.functional.cross_entropy(x @ w.T, labels, reduction="none")
+
+    feedback = ((x @ weight.T).softmax(1) - torch.nn.functional.one_hot(labels, 5)).detach()
+    moments = unit_moments(x, feedback, [(i, i + 1) for i in range(6)])
+    scores = influence_scores(moments, moments.sum(0), own=0.0)
+    for i in range(6):
+        (gradient,) = torch.autograd.grad(losses(weight)[i], weight)
+        fall = (losses(weight).sum() - losses(weight - 1e-6 * gradient).sum()) / 1e-6
+        assert scores[i].item() == pytest.approx(fall.item(), rel=1e-3)
+    assert (scores > 0).any()
+    assert (scores < 0).any()
+
+
+def test_sketched_inner_product_is_unbiased_and_its_error_is_the_stated_one():
+    """Catches missing signs (biased) and a hash that ignores the width."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 300, generator=generator)
+    exact = float(x[0] @ x[1])
+    for width in (16, 64):
+        estimates = []
+        for seed in range(2000):
+            y = CountSketch(300, width, seed, torch.device("cpu"))(x)
+            estimates.append(float(y[0] @ y[1]))
+        estimates = torch.tensor(estimates, dtype=torch.float64)
+        square, product = x.double().square(), (x[0] * x[1]).double()
+        cross = square[0].sum() * square[1].sum() - (square[0] * square[1]).sum()
+        cross += product.sum() ** 2 - product.square().sum()
+        buckets = -(-300 // width)
+        variance = float(cross) * (buckets - 1) / 299
+        assert abs(estimates.mean() - exact) < 4 * (variance / len(estimates)) ** 0.5
+        # Width 16 and 64 leave slots empty, so the stated variance (full buckets) is a slight overestimate.
+        assert 0.75 * variance < estimates.var() < 1.15 * variance
+
+
+def test_sketch_as_wide_as_its_input_is_exact():
+    x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
+    y = CountSketch(10, 16, 3, torch.device("cpu"))(x)
+    torch.testing.assert_close(y @ y.T, x @ x.T)
+
+
+@pytest.mark.parametrize("width", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_scale_on_the_way_is_one_before(width, dtype):
+    """Catches a scale by bucket instead of by coordinate, one taken in low precision, and one that stays."""
+    generator = torch.Generator().manual_seed(2)
+    x, scale = torch.randn(5, 8, generator=generator).to(dtype), torch.rand(8, generator=generator) * 10
+    sketch = CountSketch(8, width, 7, torch.device("cpu"))
+    expected = sketch(x.float() * scale)
+    torch.testing.assert_close(hashed(sketch, x, scale), expected)
+    torch.testing.assert_close(hashed(None, x, scale), x.float() * scale)
+    torch.testing.assert_close(sketch(x, torch.ones(5, width), scale * 2), 1 + 2 * expected)
+    torch.testing.assert_close(hashed(sketch, x, None), sketch(x.float()))
+
+
+def test_sketch_does_not_advance_the_models_generator():
+    state = torch.get_rng_state()
+    CountSketch(100, 10, 0, torch.device("cpu"))(torch.zeros(3, 100))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_squared_gradient_is_the_bias_corrected_mean_over_tokens():
+    """Catches a forgotten bias correction and a mean over micro-batches of sums instead of means."""
+    squares = [torch.tensor([4.0, 0.0]), torch.tensor([30.0, 10.0])]
+    tokens = [4, 10]
+    mean = SquaredGradient(2, decay=0.9, power=0.25, device=torch.device("cpu"))
+    assert mean.scale_V is None
+    for square, count in zip(squares, tokens, strict=True):
+        mean.update(square, count)
+    mean.update(torch.zeros(2), 0)
+    corrected = (0.9 * 0.1 * torch.tensor([1.0, 0.0]) + 0.1 * torch.tensor([3.0, 1.0])) / (1 - 0.9**2)
+    torch.testing.assert_close(mean.scale_V, (corrected + 1e-16).pow(-0.25))
