@@ -1,17 +1,45 @@
 """Layer-aware influence under DeepSpeed: every sample of every training step scored, harmful ones dropped.
 
-The step, on every rank (train.py):
+The step, on every rank (training/one_pass.py; the others differ in the order):
 
-    batch   = samples.batch(position, size)                     one global order, a function of (seed, position)
-    with estimator.capture(): logits = engine(batch)            hooks sketch every linear layer's input
-    losses, feedback = token_losses(logits, labels)             softmax - onehot, sketched
-    scores  = estimator.scores(units, feedback)                 moments M_u, one all-reduce M, S_u = <M_u, M>
-    table   = UnitTable.gather(scores, losses, tokens)          every rank sees every unit
-    weights = decide(table, policy)                             the same decision everywhere
-    engine.backward(weighted_mean(losses, weights)); engine.step()
-    recorder.step(table, weights)                               ledger, TensorBoard, checkpoint when due
+    watched   = MicroBatch(scorer, batch)                        hooks sketch every linear layer's input
+    losses    = watched.forward(ds_engine)                       softmax - onehot, sketched, is the logit gradient
+    watched.add(); scored = scorer.scores()                      sketches M_u, one all-reduce M, S_u = <M_u, M>
+    units     = UnitTable.gather(scored)                         every rank sees every unit
+    decision  = decide(units, policy)                            the same decision everywhere
+    ds_engine.backward(weighted_mean(losses, decision.weights))  mean over the kept tokens of all ranks
+    ds_engine.step()                                             plain DeepSpeed, unpatched
+    recorder.step(outcome)                                       ledger, TensorBoard
+
+In a loop of your own:
+
+    from pipeline import InfluenceConfig, InfluenceEngine, PolicyConfig
+    engine = InfluenceEngine(ds_engine, InfluenceConfig(), PolicyConfig())
+    outcome = engine.train_step(micro_batches)
 
 Shapes are suffixes of names. B: samples of a rank's micro-batch; T: positions of a sequence; N = B T; n: some of the N;
 U: units (sequences, or documents in them); D: width of a layer's input; K: sketched input width; V: vocabulary;
-G: sketched gradient width; C: columns; S: subsets. Under ZeRO these are logical sizes, never shards.
+G: sketched gradient width; M: numbers of a gradient sketch; C: columns; S: subsets. Under ZeRO these are logical sizes,
+never shards.
 """
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.config.schema import InfluenceConfig, PolicyConfig, SketchConfig
+    from pipeline.training.influence_engine import InfluenceEngine
+
+__all__ = ["InfluenceConfig", "InfluenceEngine", "PolicyConfig", "SketchConfig"]
+
+
+def __getattr__(name: str) -> Any:
+    """The library's names, imported when asked for: commands that only read files do not wait for DeepSpeed."""
+    if name == "InfluenceEngine":
+        from pipeline.training.influence_engine import InfluenceEngine
+
+        return InfluenceEngine
+    if name in __all__:
+        from pipeline.config import schema
+
+        return getattr(schema, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.cli import exit_on_user_error, parse
+from pipeline.evidence.config import FidelityRun
 from pipeline.evidence.fidelity_scores import measure
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Pearson's correlation, the mean over checkpoints and batches."""
     columns = list(dict.fromkeys((row["reference"], row["own_term"]) for row in rows))
-    table = Table(title="correlation with the references (own term in, out)", title_justify="left")
+    table = Table(title="correlation with the references (self-influence in, out)", title_justify="left")
     for name in ("estimator", "sketch"):
         table.add_column(name, no_wrap=True)
     for reference, own_term in columns:
@@ -42,7 +43,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse("pipeline.fidelity", argv)
+    config = parse("pipeline.fidelity", argv, FidelityRun)
     with exit_on_user_error("pipeline.fidelity"):
         report = measure(config)
     print_table(report["rows"])

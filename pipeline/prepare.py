@@ -14,7 +14,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from pipeline.config.cli import exit_on_user_error, parse
+from pipeline.config.schema import Config
 from pipeline.data.prepared import load_report, prepare
+from pipeline.influence.table import check_config
 
 # The command
 
@@ -33,7 +35,7 @@ def _table(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare `data.prepared_dir` and print what is in it. Exits with code 2 and a message on a user's error."""
-    config = parse("pipeline.prepare", argv)
+    config = parse("pipeline.prepare", argv, Config, check_config)
     with exit_on_user_error("pipeline.prepare"):
         prepare(config)
         print(_table(load_report(config.data.prepared_dir)))

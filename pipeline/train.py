@@ -7,23 +7,24 @@ import signal
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.cli import exit_on_user_error, parse
+from pipeline.config import cli
+from pipeline.config.cli import exit_on_user_error
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
-from pipeline.config.timing import Stopwatch
 from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_split
 from pipeline.data.samples import Samples
-from pipeline.engine import collectives, deepspeed_engine, launch, lost_contact
+from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.agreement import startup_identity
 from pipeline.engine.checkpoints import Progress, find_checkpoint, identity_of, move_aside, publish, refuse_foreign
-from pipeline.influence.estimator import Estimator
+from pipeline.engine.lost_contact import exit_on_lost_contact
+from pipeline.influence.table import check_config, owns_accumulation
 from pipeline.models.load import load_model
 from pipeline.record.recorder import Recorder
 from pipeline.record.summary import print_summary
-from pipeline.training.dry_run import rehearse
+from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
-from pipeline.training.step import Step
+from pipeline.training.influence_engine import InfluenceEngine
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -38,67 +39,74 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         rank, world = collectives.rank(), collectives.world_size()
         collectives.agree(startup_identity(config))
         checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
-        deepspeed_config = read_deepspeed_config(config)
+        settings = read_deepspeed_config(config)
+        if owns_accumulation(config.influence):
+            settings["managed_gradient_accumulation"] = False
         if checkpoint:
-            deepspeed_config = deepspeed_engine.config_to_load(
-                checkpoint, identity_of(checkpoint)["engine"], deepspeed_config
-            )
+            settings = deepspeed_engine.config_to_load(checkpoint, identity_of(checkpoint)["engine"], settings)
         samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
-        model = load_model(config.model, config.seed, deepspeed_config)
-        timed = Stopwatch(device)
-        estimator = Estimator(config.influence, model, config.seed, device, timed)
-        ds_engine = deepspeed_engine.initialize(model, deepspeed_config)
+        reference = None
+        if config.influence.reference == "validation":
+            reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
+        ds_engine = deepspeed_engine.initialize(load_model(config.model, config.seed, settings), settings)
+        engine = InfluenceEngine(
+            ds_engine,
+            config.influence,
+            config.policy,
+            config.seed,
+            reference,
+            norms_every_steps=config.observe.every_steps,
+            audit_every_steps=config.observe.audit_every_steps,
+        )
         identity = {
             "seed": config.seed,
             "unit": config.influence.unit,
             "engine": deepspeed_engine.identity(ds_engine),
             "dataset": load_fingerprint(config.data.prepared_dir),
         }
-        reference = None
-        if config.influence.reference == "validation":
-            reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
-        take = Step(ds_engine, estimator, config, samples, reference, timed)
-        progress = Progress(0, 0, {}, {})
+        progress = Progress({}, {})
         if checkpoint:
             refuse_foreign(checkpoint, identity)
             progress = Progress(**deepspeed_engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
-            estimator.load_state_dict(progress.estimator)
+            for what in engine.load_state_dict(progress.influence):
+                if rank == 0:
+                    print(f"resume: {what}", flush=True)
 
     recorder = None
     if rank == 0:
         if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
             move_aside(Path(config.run_dir))
-        recorder = Recorder(config, samples, progress.step)
+        recorder = Recorder(config, samples, engine.step)
 
     def hold_out() -> None:
         """Held-out figures of the model as it is, kept for the end and shown in TensorBoard."""
         if figures := evaluate_engine(ds_engine, config):
-            progress.evaluations[progress.step] = figures
+            progress.evaluations[engine.step] = figures
             if recorder:
-                recorder.evaluation(figures, progress.step)
+                recorder.evaluation(figures, engine.step)
 
     if not checkpoint:
         hold_out()
     stop, unhealthy = StopSignal(), 0
-    while progress.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
-        step, learning_rate = progress.step + 1, ds_engine.get_lr()[0]
-        with timed("step"):
-            outcome = take(step, progress.position, stop.requested)
+    while engine.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
+        learning_rate = ds_engine.get_lr()[0]
+        batches = samples.micro_batches(engine.position, rank, world, engine.size, engine.accumulation, device)
+        outcome = engine.train_step(batches, stop.requested)
+        step, seconds = outcome.step, engine.timed.read()
         if recorder:
             scalars = {
                 "train/lr": learning_rate,
                 "train/skipped_steps": ds_engine.skipped_steps,
                 "train/memory_gb": deepspeed_engine.peak_memory() / 1e9,
             }
-            recorder.step(step, outcome, take.size * world, scalars, timed.read(), estimator.norms())
-        progress.step, progress.position = step, progress.position + take.size * world * take.accumulation
+            recorder.step(outcome, engine.size * world, scalars, seconds)
         stop.agreed |= outcome.stop
         unhealthy = 0 if outcome.healthy else unhealthy + 1
         if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
             hold_out()
         ending = step == end or stop.agreed or unhealthy == config.policy.stop_after_non_finite
         if step % config.checkpoint.every_steps == 0 or ending:
-            progress.estimator = estimator.state_dict()
+            progress.influence = engine.state_dict()
             checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
             deepspeed_engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
             if recorder:
@@ -108,21 +116,21 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
                 publish(checkpoint, identity, config.checkpoint.keep)
 
     summary = None
-    if progress.step == end:
-        if progress.step not in progress.evaluations:
+    if engine.step == end:
+        if engine.step not in progress.evaluations:
             hold_out()
-        summary = finish(ds_engine, config, progress, recorder)
+        summary = finish(ds_engine, config, engine, progress, recorder)
     elif recorder:
         recorder.close()
     collectives.barrier()
     if unhealthy == config.policy.stop_after_non_finite:
         raise FloatingPointError(
-            f"stopped after step {progress.step}: in {unhealthy} steps in a row a loss, score or gradient was not "
+            f"stopped after step {engine.step}: in {unhealthy} steps in a row a loss, score or gradient was not "
             "finite (policy.stop_after_non_finite); the ledger says which units. A checkpoint was written: lower the "
             "learning rate or leave these documents out, and resume"
         )
     if stop.agreed and rank == 0:
-        print(f"stopped by a signal after step {progress.step}; --resume auto goes on from there", flush=True)
+        print(f"stopped by a signal after step {engine.step}; --resume auto goes on from there", flush=True)
     return summary
 
 
@@ -138,12 +146,17 @@ class StopSignal:
         self.requested = True
 
 
+def parse(prog: str, argv: list[str] | None = None) -> Config:
+    """The config of a run; what does not go together ends the process with a message."""
+    return cli.parse(prog, argv, Config, check_config)
+
+
 def main(argv: list[str] | None = None) -> None:
     config = parse("pipeline.train", argv)
-    with lost_contact.exit_on_lost_contact("pipeline.train"):
+    with exit_on_lost_contact("pipeline.train"):
         if config.dry_run:
             with exit_on_user_error("pipeline.train"):
-                rehearse(config, train)
+                dry_run(config, train)
         elif summary := train(config):
             print_summary(summary)
     collectives.leave()

@@ -1,13 +1,16 @@
 """Influence with each sequence flattened to one vector, as the authors' public code computes it."""
 
+from functools import partial
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data.batch import Batch
-from pipeline.models.heads import head_layer
-from pipeline.models.layers import linear_layers
-from pipeline.tasks.causal_lm import token_losses
+from pipeline.influence.hooks import hooks
+from pipeline.influence.micro_batch import forward_losses
+from pipeline.models.layers import layers_of
 
 
 def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
@@ -25,23 +28,16 @@ def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
         rows = rows_BTD.detach().flatten(1)
         return rows @ rows.T
 
-    def hook(name: str):
-        def read(_module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
-            inputs[name] = gram(args[0])
-            if output.requires_grad:
-                output.register_hook(lambda gradient: gradients.update({name: gram(gradient)}))
+    def read(name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        inputs[name] = gram(args[0])
+        if output.requires_grad:
+            output.register_hook(lambda gradient: gradients.update({name: gram(gradient)}))
 
-        return read
-
-    hooks = [layer.register_forward_hook(hook(name)) for name, layer in linear_layers(model).items()]
-    try:
-        logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
-        token_losses(logits_BTV, batch.labels_BT)[0].sum().backward()
-    finally:
-        for handle in hooks:
-            handle.remove()
+    layers = layers_of(model)
+    with hooks(after=[(layer.module, partial(read, name)) for name, layer in layers.linear.items()]):
+        forward_losses(model, batch)[0].sum().backward()
     model.zero_grad()
-    feedback = gradients[head_layer(model)[0]]
+    feedback = gradients[layers.head.name]
     return {
         "ghost_flattened": torch.stack([inputs[name] * gradients[name] for name in gradients]).sum(0),
         "lai_flattened": torch.stack(list(inputs.values())).sum(0) * feedback,

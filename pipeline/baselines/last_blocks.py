@@ -1,22 +1,24 @@
 """Influence with exact feedback through the last blocks only."""
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.data.batch import Batch
 from pipeline.influence.adam import adam_factors
-from pipeline.models.heads import blocks, head_layer
-from pipeline.models.layers import is_conv1d, linear_layers
+from pipeline.influence.hooks import hooks
+from pipeline.influence.micro_batch import forward_losses
+from pipeline.models.heads import blocks
+from pipeline.models.layers import Layer, layers_of
 from pipeline.models.second_moments import Means
-from pipeline.tasks.causal_lm import token_losses
 
 
 def partial_backward_gram(model: PreTrainedModel, batch: Batch, last: int, means: Means | None) -> Tensor:
-    """Influence with exact gradients through the last `last` blocks, (B, B), own terms on the diagonal; no sketch.
+    """Influence with exact gradients through the last `last` blocks, (B, B), self-influence on the diagonal; no sketch.
 
     With e_t the gradient at the input of the first of these blocks, the sum over the following parts of their inner
     products of two samples:
@@ -28,25 +30,24 @@ def partial_backward_gram(model: PreTrainedModel, batch: Batch, last: int, means
     e' is e taken through the first block, too: first to its output, in proportion to the root mean squares of the
     residual stream there and where e is, as a network behind norms does not see its scale. The embedding's is a
     large part of the whole gradient. A model of at most last + 1 blocks has the word embedding's part, one of at most
-    `last` has all of it exact. `means`: in Adam's geometry, as `ghost` and `ResidualMoments` are.
+    `last` has all of it exact. `means`: in Adam's geometry, as `ghost` and `residual` are.
     """
-    stack, layers, (head, _) = list(blocks(model)), linear_layers(model), head_layer(model)
+    stack, found = list(blocks(model)), layers_of(model)
+    layers, head, words = found.linear, found.head.name, found.words
     deep = {id(module) for block in stack[-last:] for module in block.modules()}
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     streams: list[Tensor] = []
 
-    def passed(name: str, _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def passed(name: str, args: tuple[Any, ...], output: Tensor) -> None:
         inputs[name], outputs[name] = args[0].detach(), output
 
-    hooks = [layer.register_forward_hook(partial(passed, name)) for name, layer in layers.items()]
-    hooks += [block.register_forward_pre_hook(lambda _, args: streams.append(args[0])) for block in stack]
-    try:
-        losses_BT, _ = token_losses(model(input_ids=batch.input_ids_BT, use_cache=False).logits, batch.labels_BT)
-    finally:
-        for handle in hooks:
-            handle.remove()
-    exact = [name for name, layer in layers.items() if id(layer) in deep or name == head]
+    with hooks(
+        before=[(block, lambda args: streams.append(args[0])) for block in stack],
+        after=[(layer.module, partial(passed, name)) for name, layer in layers.items()],
+    ):
+        losses_BT, _ = forward_losses(model, batch)
+    exact = [name for name, layer in layers.items() if id(layer.module) in deep or name == head]
     first = max(len(stack) - last, 0)
     wanted = [streams[first], *(outputs[name] for name in exact)]
     e_BTD, *gradients = torch.autograd.grad(losses_BT.sum(), wanted, retain_graph=True)
@@ -56,33 +57,30 @@ def partial_backward_gram(model: PreTrainedModel, batch: Batch, last: int, means
         scale_BT1 = streams[first].norm(dim=2, keepdim=True) / output.norm(dim=2, keepdim=True)
         (embedded_BTD,) = torch.autograd.grad(output, streams[0], e_BTD * scale_BT1.detach())
     feedback = dict(zip(exact, gradients, strict=True))
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    words = model.get_input_embeddings()
 
-    def factors(module: nn.Module) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
+    def factors(layer: Layer) -> tuple[Tensor | float, Tensor | float, Tensor | float]:
         """Of outputs, of inputs, and of inputs where the feedback is not the layer's own."""
         if means is None:
             return 1.0, 1.0, 1.0
-        rows, columns = means[names[id(module.weight)]]
-        rows, columns = (columns, rows) if is_conv1d(module) else (rows, columns)
-        output_scale, input_scale = adam_factors(rows, columns)
-        mean = rows.mean()
+        outputs_O, inputs_D = layer.means(means)
+        output_scale, input_scale = adam_factors(outputs_O, inputs_D)
+        mean = outputs_O.mean()
         return output_scale, input_scale, input_scale * torch.where(mean > 0, mean, 1.0) ** -0.25
 
     word_rows, word_columns, _ = factors(words)
-    onehot_BTV = F.one_hot(batch.input_ids_BT, model.config.vocab_size).to(e_BTD) * word_rows
-    embedding = _moments(embedded_BTD * word_columns, onehot_BTV)
+    onehot_BTV = F.one_hot(batch.input_ids_BT, words.outputs).to(e_BTD) * word_rows
+    embedding = _gradients(embedded_BTD * word_columns, onehot_BTV)
     parts = []
     for name, layer in layers.items():
         output_scale, own_scale, shared_scale = factors(layer)
         if name not in feedback:
-            parts.append(_moments(inputs[name] * shared_scale, e_BTD * word_columns))
+            parts.append(_gradients(inputs[name] * shared_scale, e_BTD * word_columns))
             continue
-        parts.append(_moments(inputs[name] * own_scale, feedback[name] * output_scale))
-        if layer.weight is words.weight:
+        parts.append(_gradients(inputs[name] * own_scale, feedback[name] * output_scale))
+        if layer.weight == words.weight:
             parts[-1], embedding = parts[-1] + embedding, torch.zeros_like(embedding)
     return torch.stack([part @ part.T for part in [embedding, *parts]]).sum(0)
 
 
-def _moments(input_BTD: Tensor, gradient_BTO: Tensor) -> Tensor:
+def _gradients(input_BTD: Tensor, gradient_BTO: Tensor) -> Tensor:
     return (input_BTD.transpose(1, 2) @ gradient_BTO).flatten(1)

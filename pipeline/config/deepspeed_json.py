@@ -3,13 +3,12 @@
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from pipeline.config.schema import Config
+from pipeline.config.schema import Config
 
 
-def read_deepspeed_config(config: "Config") -> dict[str, Any]:
+def read_deepspeed_config(config: Config) -> dict[str, Any]:
     """DeepSpeed's JSON as a dict, with a scheduler's `total_num_steps: "auto"` filled from `max_steps`.
 
     Raises ValueError where it is missing, is not JSON, or is silent or "auto" about what only it can say.
@@ -38,8 +37,6 @@ def read_deepspeed_config(config: "Config") -> dict[str, Any]:
     for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         if not isinstance(settings.setdefault(key, 1), int) or settings[key] < 1:
             raise ValueError(f"{path}: {key} must be a whole number of at least 1, not {settings[key]!r}")
-    if config.influence.owns_accumulation:
-        settings["managed_gradient_accumulation"] = False
     # DeepSpeed's progress lines would interrupt the progress bar.
     return {"steps_per_print": sys.maxsize, **settings}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The keys that differ, one a line, with both values; empty where none does. When a file was written is none."""
-    before, after = _flat(old), _flat(new)
+    before, after = flat("", old, lists=True), flat("", new, lists=True)
     lines = [
         f"  {key}: {before.get(key, 'absent')!r} -> {after.get(key, 'absent')!r}"
         for key in {**before, **after}
@@ -15,17 +15,14 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> str:
     return "\n".join(lines[:20] + [f"  ... and {len(lines) - 20} more"] * (len(lines) > 20))
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict | list):
-        return {name: value}
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    return {key: leaf for part, inner in items for key, leaf in _flat(inner, f"{name}.{part}".strip(".")).items()}
-
-
-def flat(prefix: str, value: Any) -> dict[str, Any]:
-    """Nested dicts as one, with dotted keys."""
-    if not isinstance(value, Mapping):
+def flat(prefix: str, value: Any, lists: bool = False) -> dict[str, Any]:
+    """Nested dicts (and `lists`) as one, with dotted keys."""
+    if isinstance(value, Mapping):
+        items = list(value.items())
+    elif lists and isinstance(value, list):
+        items = [(str(index), inner) for index, inner in enumerate(value)]
+    else:
         return {prefix: value}
     return {
-        key: leaf for name, inner in value.items() for key, leaf in flat(f"{prefix}.{name}".strip("."), inner).items()
+        key: leaf for name, inner in items for key, leaf in flat(f"{prefix}.{name}".strip("."), inner, lists).items()
     }

@@ -3,12 +3,14 @@
 Batch sizes, accumulation, precision, optimizer and ZeRO live in the DeepSpeed JSON only and are never repeated here.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from pipeline.config.rules import BUILTIN, FIDELITY_ESTIMATORS, check
+from pipeline.config.rules import at_least_one, decays, fractions, not_negative
 
 TRAIN_TOKENIZER = "train"
+BUILTIN = "builtin"
 
 
 @dataclass(frozen=True)
@@ -60,26 +62,46 @@ class DataConfig:
     """Text that does not belong among the training data (another language, say), in the forms of `train_files`, for
     the planted noise. Default: no such noise."""
 
+    def __post_init__(self) -> None:
+        at_least_one(
+            {
+                "data.sequence_length": self.sequence_length - 1,
+                "data.max_sequences": self.max_sequences,
+                "data.max_eval_sequences": self.max_eval_sequences,
+            }
+        )
+        fractions({"data.max_bad_fraction": self.max_bad_fraction, "data.planted_noise": self.planted_noise})
+        not_negative({"data.seed": self.seed})
+        if self.planted_foreign_files is not None and not self.planted_noise:
+            raise ValueError("data.planted_foreign_files is for planted noise: set data.planted_noise, or leave it out")
+        if BUILTIN in (self.reference_files or []):
+            raise ValueError(f"data.reference_files: '{BUILTIN}' holds out nothing for it; give files or a hub id")
+
 
 @dataclass(frozen=True)
 class SketchConfig:
-    inputs: int = 512
+    input_width: int = 512
     """K, numbers that every token's layer inputs are hashed to."""
-    gradients: int = 2048
+    logit_width: int = 2048
     """G, numbers that every token's logit gradient is hashed to."""
-    layers: int = 128
-    """ghost: numbers that every token's layer inputs, and output gradients but the logits', are hashed to; moments then
-    have layers x G numbers. residual: of the gradient at the residual stream; layers x (K + G)."""
+    hidden_width: int = 128
+    """ghost: numbers that every token's layer inputs, and output gradients but the logits', are hashed to; a gradient
+    sketch then has hidden_width x G numbers. residual: of the gradient at the residual stream; hidden_width x (K + G).
+    """
+
+    def __post_init__(self) -> None:
+        at_least_one({f"influence.sketch.{name}": width for name, width in vars(self).items()})
 
 
 @dataclass(frozen=True)
 class InfluenceConfig:
-    estimator: Literal["none", "random", "loss", "lli", "lai", "residual", "ghost", "ip"] = "lai"
-    """How a unit is scored; positive helps. lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv
-    2510.16007); lli: the LM head's input only; residual: the head's with the logit gradient, the others' with that
-    gradient brought back to the residual stream; ghost: the inner product of true gradients (Eq. 3), out of the
-    training backward, what is dropped being taken out again by a pass over it alone; loss: minus the mean loss; random:
-    a seeded random number; none: nothing is scored and the policy does nothing."""
+    estimator: str = "lai"
+    """How a unit is scored; positive helps (pipeline/influence/README.md).
+    lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv 2510.16007); lli: the LM head's input only;
+    residual: the head's with the logit gradient, the others' with that gradient brought back to the residual stream;
+    ghost: the inner product of true gradients (Eq. 3), out of the training backward, what is dropped being taken out
+    again by a pass over it alone; loss: minus the mean loss; random: a seeded random number; none: nothing is scored
+    and the policy does nothing."""
     reference: Literal["batch", "running", "validation"] = "batch"
     """Whose loss counts. batch: the global micro-batch itself (self-influence); running: an exponential mean over the
     micro-batches so far and this one; validation: `data.reference_files`."""
@@ -90,7 +112,7 @@ class InfluenceConfig:
     validation_every_steps: int = 1
     """validation: optimizer steps between refreshes, one more forward of the subset each (ghost: and backward)."""
     include_self: bool = True
-    """Whether a unit's own term, always positive, is part of its score (the paper: yes)."""
+    """Whether a unit's self-influence, always positive, is part of its score (the paper: yes)."""
     unit: Literal["sequence", "document"] = "sequence"
     """What is scored and dropped: a packed sequence, or each document's tokens inside it. Takes 4 K G bytes a unit."""
     sketch: Literal["none"] | SketchConfig = SketchConfig()
@@ -98,21 +120,14 @@ class InfluenceConfig:
     precondition: Literal["none", "adam_ema", "adam_state"] = "none"
     """adam_ema: scale every logit gradient by D^-adam_power, D a running mean of its squares (Appendix E). adam_state:
     scale inputs and gradients by the column and row means of Adam's own second moments, to its power on each side;
-    ghost's own terms saturate as Adam's step does."""
+    ghost's self-influence saturates as Adam's step does."""
     adam_every_steps: int = 10
-    """adam_state, gains: optimizer steps between readings of the second moments; before the first step there are none,
-    and nothing is scaled."""
+    """adam_state: optimizer steps between readings of the second moments; before the first step there are none, and
+    nothing is scaled."""
     adam_power: float = 0.5
     """Power of D on each side: 0.5 as in the paper, 0.25 for the geometry of Adam's own step."""
     adam_decay: float = 0.95
     """Decay of D per micro-batch, bias-corrected; best equal to the optimizer's second beta."""
-    layer_weights: Literal["none", "inverse_norm", "gains"] = "none"
-    """How layers count against each other, with `precondition: none`. none: by the norms of their inputs; inverse_norm
-    (lai, residual): each layer's inputs over their root mean square norm; gains (lai): times the norm of the layer's
-    own output gradient as well, as Adam's second moments, read every `adam_every_steps`, tell it."""
-    layer_decay: float = 0.95
-    """layer_weights: decay of the mean squared norms per micro-batch, bias-corrected; a micro-batch is scored with
-    those of the ones before it."""
     scope: Literal["micro_step", "step"] = "micro_step"
     """What a unit is compared with, decided together with, and at what price. micro_step: the global micro-batch, in
     the training forward; step: all micro-batches of the optimizer step, in one more forward before any backward."""
@@ -121,10 +136,14 @@ class InfluenceConfig:
     kept only, shared out evenly among the ranks: faster where much is dropped (from about a third on)."""
 
     @property
-    def owns_accumulation(self) -> bool:
-        """Whether the number of backwards in an optimizer step is ours: one more than planned to take out what was
-        dropped, or as many as what is kept needs."""
-        return self.estimator == "ghost" or self.passes == "score_first"
+    def widths(self) -> SketchConfig | None:
+        """Of the sketch; None where it is exact."""
+        return self.sketch if isinstance(self.sketch, SketchConfig) else None
+
+    def __post_init__(self) -> None:
+        names = ("validation_sequences", "validation_every_steps", "adam_every_steps")
+        at_least_one({f"influence.{name}": getattr(self, name) for name in names})
+        decays({"influence.adam_decay": self.adam_decay, "influence.running_decay": self.running_decay})
 
 
 @dataclass(frozen=True)
@@ -151,6 +170,20 @@ class PolicyConfig:
     """Stop after so many optimizer steps in a row in which a unit's loss or score was not finite, or DeepSpeed skipped
     an update that was not. (Such units count for nothing; fp16 skips a few steps while it finds its scale.)"""
 
+    def __post_init__(self) -> None:
+        fractions({"policy.rate": self.rate, "policy.max_drop_fraction": self.max_drop_fraction})
+        at_least_one({"policy.stop_after_non_finite": self.stop_after_non_finite})
+        not_negative({"policy.warmup_steps": self.warmup_steps})
+        if self.action == "drop" and self.rule == "rate" and self.rate > self.max_drop_fraction:
+            raise ValueError(
+                f"policy.rate {self.rate} is above policy.max_drop_fraction {self.max_drop_fraction}: lower the one "
+                "or raise the other"
+            )
+        if self.flag == "highest" and self.action == "reweight":
+            raise ValueError(
+                "policy.flag 'highest' says what to drop; policy.action 'reweight' drops nothing: choose drop"
+            )
+
 
 @dataclass(frozen=True)
 class CheckpointConfig:
@@ -158,6 +191,9 @@ class CheckpointConfig:
     """Optimizer steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+
+    def __post_init__(self) -> None:
+        at_least_one({f"checkpoint.{name}": number for name, number in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -172,63 +208,9 @@ class ObserveConfig:
     """Optimizer steps between audits: one more forward after the step, for the correlation of the scores with how much
     each unit's loss really fell (`influence/audit_pearson`). Default: never."""
 
-
-@dataclass(frozen=True)
-class FidelityConfig:
-    batches: int = 4
-    """Batches per checkpoint, the same at each: what the run would have read next."""
-    batch_size: int = 16
-    """Sequences in a batch. The references keep that many gradients, 8 bytes a parameter each."""
-    references: list[str] = field(default_factory=lambda: ["ip", "ip_adam"])
-    """What scores are held against; the first is the figure's. ip: inner products of true gradients; ip_adam: the same
-    in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step;
-    shapley_adam_limit: of Adam's step at a vanishing learning rate, which needs no forwards; exact: sketched scores
-    against the same estimator's exact ones."""
-    shapley_batches: int = 1
-    """How many of the batches get shapley_sgd and shapley_adam, which take most of the time."""
-    permutations: int = 1000
-    """Most orders of joining that Shapley values are estimated from."""
-    standard_error: float = 0.02
-    """Stop before, once the largest standard error of a value is this fraction of the deviation between samples."""
-    estimators: list[str] = field(default_factory=lambda: list(FIDELITY_ESTIMATORS))
-    """Estimators, `/` and a preconditioning or layer weights where there are any. For comparison only: ip, the true
-    inner product; residual_last_1 and _2, exact feedback through that many last blocks and, for the word embedding, the
-    first; ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features;
-    logit_gradient_norm."""
-    exact: bool = True
-    """Also without the sketch: for lai one matrix of all input widths x vocabulary a sequence; not for large models."""
-    checkpoints: list[str] | None = None
-    """Names (`step-100`) of the run's checkpoints, or `start` for `model.name_or_path`. Default: all there are, or
-    `start` where there are none."""
-
-
-@dataclass(frozen=True)
-class BenchmarkConfig:
-    pairs: int = 20
-    """Plain steps that are measured, and scored steps of each estimator beside them."""
-    warmup: int = 3
-    """Steps of each kind before those, left out."""
-    estimators: list[str] | None = None
-    """What is measured, against the same plain steps: `ESTIMATOR` or `ESTIMATOR/PRECONDITION`, as in
-    `lai,ghost/adam_state`; `ghost_exact` is ghost as others compute it. The first one's figures stand at the top of
-    benchmark.json. Default: `influence.estimator` with `influence.precondition`."""
-    peak_tflops: float | None = None
-    """What the device can do at most in the precision of training, in 10^12 floating-point operations a second, for
-    the model FLOPs utilization. Default: not known; `--plan` then takes 989 (an H100's bf16), in fp32 `fp32_tflops`."""
-    ranks: int = 8
-    """--plan: ranks to reckon with."""
-    fp32_tflops: float = 67.0
-    """--plan: what the device can do at most in float32, in which scoring multiplies whatever the precision of
-    training, in 10^12 operations a second. This and the next two defaults: an H100's data sheet, 400 Gbit/s a GPU."""
-    memory_gb_per_second: float = 3350.0
-    """--plan: memory bandwidth of the device, in 10^9 bytes a second."""
-    network_gb_per_second: float = 50.0
-    """--plan: what a rank can send, in 10^9 bytes a second."""
-    utilization: float = 0.5
-    """--plan: fraction of these peaks that is reached, 0 to 1."""
-    sweep: list[float] | None = None
-    """Also measure with sequence length, layers, width, vocabulary and sketch scaled by each of these factors in turn
-    (`[0.5,1,2]`; the model must be a `*.json`), by the first estimator. Default: no sweep."""
+    def __post_init__(self) -> None:
+        names = ("every_steps", "eval_every_steps", "audit_every_steps")
+        at_least_one({f"observe.{name}": getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -260,10 +242,15 @@ class Config:
     """When the run is saved."""
     observe: ObserveConfig = ObserveConfig()
     """What is written for people to look at."""
-    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
-    """How `pipeline.fidelity` holds scores against what samples really do."""
-    benchmark: BenchmarkConfig = BenchmarkConfig()
-    """What pipeline.benchmark measures; nothing else reads it."""
 
     def __post_init__(self) -> None:
-        check(self)
+        at_least_one({"max_steps": self.max_steps})
+        not_negative({"seed": self.seed})
+        if self.influence.reference == "validation" and self.data.reference_files is None:
+            raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")
+        if self.observe.eval_every_steps and self.data.eval_files is None:
+            raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
+        if Path(self.data.prepared_dir).resolve().is_relative_to(Path(self.run_dir).resolve()):
+            raise ValueError(
+                f"data.prepared_dir must lie outside run_dir ({self.run_dir}), which a new run moves aside"
+            )

@@ -17,17 +17,18 @@ from transformers import PreTrainedModel
 from pipeline.baselines.exact_ghost import ExactGhost
 from pipeline.config.cli import to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import Config, InfluenceConfig
-from pipeline.config.timing import Stopwatch
+from pipeline.config.schema import InfluenceConfig
+from pipeline.config.timing import Stopwatch, outermost
+from pipeline.cost.config import BenchmarkRun
 from pipeline.cost.memory import PeakMemory, bytes_held
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import PHASES, Work
 from pipeline.engine import collectives, deepspeed_engine, launch
-from pipeline.influence.estimator import Estimator
-from pipeline.models.layers import linear_layers
+from pipeline.influence.scorer import AllReduce, Scorer
+from pipeline.influence.table import check_config, owns_accumulation, scorer_of
 from pipeline.models.load import load_model
 from pipeline.record.recorder import Recorder
-from pipeline.training.step import Step
+from pipeline.training.influence_engine import InfluenceEngine
 
 PLAIN = "plain"
 
@@ -42,10 +43,9 @@ _MEMORY_ROUNDS = 5
 class Kind:
     """A kind of step, and what was measured of it on this rank."""
 
-    config: Config
-    take: Step
-    estimator: Estimator
-    timed: Stopwatch
+    config: BenchmarkRun
+    engine: InfluenceEngine
+    samples: RandomTokens
     recorder: Recorder | None
     """Of scored steps, on rank 0."""
     seconds: list[float] = field(default_factory=list)
@@ -56,17 +56,19 @@ class Kind:
 
     def step(self, step: int, position: int) -> None:
         """One step, with what a run takes down of it."""
-        outcome = self.take(step, position, False)
+        engine, rank, world = self.engine, collectives.rank(), collectives.world_size()
+        engine.step, engine.position = step - 1, position
+        batches = self.samples.micro_batches(position, rank, world, engine.size, engine.accumulation, launch.device())
+        outcome = engine.train_step(batches)
         if self.recorder:
-            with self.timed("ledger, TensorBoard"):
-                sequences = self.take.size * collectives.world_size()
-                self.recorder.step(step, outcome, sequences, {}, {"step": 1.0}, self.estimator.norms())
+            with engine.timed("ledger, TensorBoard"):
+                self.recorder.step(outcome, engine.size * world, {}, {"step": 1.0})
 
 
-def variants(config: Config) -> dict[str, Config]:
+def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
     """The config of each kind of step by its name, `plain` first. Raises ValueError for what no estimator is called,
     and for what the estimator refuses."""
-    influence = config.influence
+    influence, settings = config.influence, read_deepspeed_config(config)
     own = influence.estimator + ("" if influence.precondition == "none" else f"/{influence.precondition}")
     names = config.benchmark.estimators or [own]
     if own == "none" and not config.benchmark.estimators:
@@ -84,16 +86,19 @@ def variants(config: Config) -> dict[str, Config]:
             "estimator": "ghost" if name == EXACT else estimator,
             "precondition": precondition or "none",
         }
-        for key, value in chosen.items():
-            known = get_args(InfluenceConfig.__annotations__[key])
-            if value not in known:
-                raise ValueError(f"benchmark.estimators: '{name}': no {key} '{value}'; there are {', '.join(known)}")
+        known = get_args(InfluenceConfig.__annotations__["precondition"])
+        if chosen["precondition"] not in known:
+            raise ValueError(f"benchmark.estimators: '{name}': no '{precondition}'; there are {', '.join(known)}")
         base = plain if estimator == "none" else influence
         found[name] = replace(config, influence=replace(base, **chosen))
+        try:
+            check_config(found[name], settings)
+        except ValueError as error:
+            raise ValueError(f"benchmark.estimators: '{name}': {error}") from None
     return found
 
 
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: BenchmarkRun) -> dict[str, Any]:
     """What plain steps and scored ones cost; the same on all ranks but for rank 0's own parts and counts. Collective.
 
     A round is one step of each kind, on the same sequences, each from the weights that the last one left; who begins
@@ -111,9 +116,11 @@ def measure(config: Config) -> dict[str, Any]:
         return _measure(config, configs, device, Path(records))
 
 
-def _measure(config: Config, configs: dict[str, Config], device: torch.device, records: Path) -> dict[str, Any]:
+def _measure(
+    config: BenchmarkRun, configs: dict[str, BenchmarkRun], device: torch.device, records: Path
+) -> dict[str, Any]:
     ds_engine, kinds = _prepare(config, configs, device, records)
-    sequences = kinds[PLAIN].take.size * kinds[PLAIN].take.accumulation * collectives.world_size()
+    sequences = kinds[PLAIN].engine.sequences
 
     last_timed = config.benchmark.warmup + config.benchmark.pairs
     for round_ in tqdm(range(last_timed), desc="rounds", unit="round", disable=collectives.rank() > 0):
@@ -123,7 +130,7 @@ def _measure(config: Config, configs: dict[str, Config], device: torch.device, r
             kind.step(round_ + 1, round_ * sequences)
             _wait(device)
             elapsed, elapsed_cpu = time.perf_counter() - start, time.process_time() - start_cpu
-            parts = kind.timed.read()
+            parts = _parts(kind.engine.timed.read())
             if round_ >= config.benchmark.warmup:
                 kind.seconds.append(elapsed)
                 kind.cpu_seconds.append(elapsed_cpu)
@@ -136,7 +143,7 @@ def _measure(config: Config, configs: dict[str, Config], device: torch.device, r
                 kind.step(round_ + 1, round_ * sequences)
                 _wait(device)
             kind.peaks.append(memory.peak)
-    held = {name: bytes_held(kind.estimator) for name, kind in kinds.items()}
+    held = {name: bytes_held(kind.engine.scorer) for name, kind in kinds.items()}
     due = config.influence.adam_every_steps * config.influence.validation_every_steps * last + 1
     for kind in kinds.values():
         with Work(ds_engine.module) as kind.work:
@@ -172,11 +179,13 @@ def _measure(config: Config, configs: dict[str, Config], device: torch.device, r
 
 
 def _prepare(
-    config: Config, configs: dict[str, Config], device: torch.device, records: Path
+    config: BenchmarkRun, configs: dict[str, BenchmarkRun], device: torch.device, records: Path
 ) -> tuple[deepspeed_engine.DeepSpeedEngine, dict[str, Kind]]:
     """One engine, and all kinds of steps on it."""
-    ours = [own for own in configs.values() if own.influence.owns_accumulation]
-    settings = read_deepspeed_config(ours[0] if ours else config)
+    ours = [own for own in configs.values() if owns_accumulation(own.influence)]
+    settings = read_deepspeed_config(config)
+    if ours:
+        settings["managed_gradient_accumulation"] = False
     if ours and settings["gradient_accumulation_steps"] > 1:
         raise ValueError(
             "benchmark: with estimator 'ghost' or passes 'score_first', every micro-batch of a plain step would be a "
@@ -186,20 +195,24 @@ def _prepare(
     length = config.data.sequence_length
     refuse_too_long(model, length)
     samples, other = (RandomTokens(model.config.vocab_size, length, config.seed + n) for n in (0, 1))
-    estimators: dict[str, tuple[Estimator, Stopwatch]] = {}
-    for name, own in configs.items():
-        timed = Stopwatch(device)
-        estimators[name] = make_estimator(name, own, model, device, timed), timed
     ds_engine = deepspeed_engine.initialize(model, settings)
     kinds = {}
-    for name, (estimator, timed) in estimators.items():
-        reference = other if configs[name].influence.reference == "validation" else None
-        take = Step(ds_engine, estimator, configs[name], samples, reference, timed)
+    for name, own in configs.items():
+        timed = Stopwatch(device)
+        engine = InfluenceEngine(
+            ds_engine,
+            own.influence,
+            own.policy,
+            own.seed,
+            other if own.influence.reference == "validation" else None,
+            norms_every_steps=own.observe.every_steps,
+            timed=timed,
+            scorer=make_scorer(name, own, model, device, timed, collectives.all_reduce_sum),
+        )
         recorder = None
         if name != PLAIN and collectives.rank() == 0:
-            recorded = replace(configs[name], run_dir=str(records / name))
-            recorder = Recorder(recorded, samples, 0, quiet=True)
-        kinds[name] = Kind(configs[name], take, estimator, timed, recorder)
+            recorder = Recorder(replace(own, run_dir=str(records / name)), samples, 0, quiet=True)
+        kinds[name] = Kind(own, engine, samples, recorder)
     return ds_engine, kinds
 
 
@@ -210,13 +223,20 @@ def refuse_too_long(model: PreTrainedModel, length: int) -> None:
         raise ValueError(f"data.sequence_length {length} is more than the {longest} positions of the model")
 
 
-def make_estimator(
-    name: str, config: Config, model: PreTrainedModel, device: torch.device, timed: Stopwatch
-) -> Estimator:
-    """The estimator of the kind of step that `variants` calls `name`."""
+def make_scorer(
+    name: str, config: BenchmarkRun, model: PreTrainedModel, device: torch.device, timed: Stopwatch, reduce: AllReduce
+) -> Scorer:
+    """What scores in the kind of step that `variants` calls `name`."""
     if name == EXACT:
-        return ExactGhost(config.influence, linear_layers(model), config.seed, device, timed)
-    return Estimator(config.influence, model, config.seed, device, timed)
+        return ExactGhost(model, timed)
+    return scorer_of(config.influence, model, config.seed, device, timed, reduce)
+
+
+def _parts(seconds: dict[str, float]) -> dict[str, float]:
+    """Of scoring, each second once: the innermost parts, and what their own surroundings took beside them."""
+    inside = {name: sum(outermost(seconds, name).values()) for name in seconds}
+    own = {name: value - inside[name] for name, value in seconds.items() if name != "step"}
+    return {name.removeprefix("step/"): value for name, value in own.items()}
 
 
 def _in_turn(kinds: Mapping[str, Kind], round_: int) -> Iterator[Kind]:
@@ -248,7 +268,7 @@ def _figures(kind: Kind) -> dict[str, Any]:
     """Of one kind of step by itself."""
     assert kind.work is not None
     config, median = kind.config, float(np.median(kind.seconds))
-    tokens = kind.take.size * kind.take.accumulation * config.data.sequence_length
+    tokens = kind.engine.size * kind.engine.accumulation * config.data.sequence_length
     # Three times the forward is what a model needs; recomputation is not counted in.
     peak, needed = config.benchmark.peak_tflops, 3e-12 * kind.work.flops["forward"]
     return {
@@ -274,7 +294,7 @@ def _compared(kind: Kind, plain: Kind) -> dict[str, Any]:
         **_ratios("step_time_ratio", kind.seconds, plain.seconds),
         "step_time_ratio_mean": sum(kind.seconds) / sum(plain.seconds),
         **_ratios("cpu_time_ratio", kind.cpu_seconds, plain.cpu_seconds),
-        "bytes_per_micro_batch": sum(wire.values()) / kind.take.accumulation,
+        "bytes_per_micro_batch": sum(wire.values()) / kind.engine.accumulation,
         "scoring_wire_bytes": {name: count for name, count in sorted(wire.items()) if count},
         "scoring_gflop": (flops - base) / 1e9,
         "scoring_flop_ratio": flops / base,
@@ -289,7 +309,7 @@ def _ratios(key: str, own: list[float], plain: list[float]) -> dict[str, Any]:
     return {f"{key}_median": float(np.median(ratios)), f"{key}_quartiles": np.percentile(ratios, [25, 75]).tolist()}
 
 
-def _setting(config: Config, ds_engine: deepspeed_engine.DeepSpeedEngine, device: torch.device) -> dict[str, Any]:
+def _setting(config: BenchmarkRun, ds_engine: deepspeed_engine.DeepSpeedEngine, device: torch.device) -> dict[str, Any]:
     """What the figures are of."""
     influence = config.influence
     precision = "bf16" if ds_engine.bfloat16_enabled() else "fp16" if ds_engine.fp16_enabled() else "fp32"

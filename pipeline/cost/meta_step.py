@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from pipeline.config.timing import Stopwatch
 from pipeline.cost.memory import bytes_held
 from pipeline.cost.work import Work
 from pipeline.data.batch import Batch
-from pipeline.influence.estimator import Estimator
-from pipeline.tasks.causal_lm import token_losses
+from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.scorer import Scorer
 from pipeline.tasks.weighted_mean import weighted_mean
 
 META = torch.device("meta")
 
 
-class Reckoning(Work):
+class MetaStep(Work):
     """`Work` on tensors without values. Also counts
 
     `low_flops`, those of `flops` in 16-bit numbers; `traffic`, bytes that all other operators read and write, none
@@ -131,40 +132,29 @@ class Unseen(Batch):
 class Counted:
     """One micro-batch of one kind of step, on one rank."""
 
-    work: Reckoning
+    work: MetaStep
     activations: int
     """Bytes that the forward leaves for the backward."""
     peak: int
-    """Bytes of these and of all else that comes and goes, at most, what the estimator keeps included."""
-    reduced: int
-    """Numbers of the scoring that go into its all-reduce."""
+    """Bytes of these and of all else that comes and goes, at most, what the scorer keeps included."""
     held: int
-    """Bytes that the estimator keeps from step to step."""
+    """Bytes that the scorer keeps from step to step."""
 
 
-def micro_batch(model: PreTrainedModel, batch: Batch, estimator: Estimator) -> Counted:
-    """Forward and backward of `batch`, scored by `estimator`: the calls of `step.Step`, without an engine."""
-    batch, held = Unseen(**vars(batch)), bytes_held(estimator)
-    with Reckoning(model) as work, fused_attention():
-        losses_BT, feedback_NG = _forward(model, batch, estimator)
+def count(model: PreTrainedModel, batch: Batch, scorer: Scorer) -> Counted:
+    """Forward and backward of `batch`, scored by `scorer` as training does it, without an engine."""
+    batch, held = Unseen(**vars(batch)), bytes_held(scorer)
+    with MetaStep(model) as work, fused_attention():
+        watched = MicroBatch(scorer, batch, Stopwatch(torch.device("cpu")))
+        losses_BT = watched.forward(model)
         activations = work.live
-        estimator.watch(batch, losses_BT, float(batch.labels_BT.numel()))
-        if not estimator.needs_backward:
-            reduced = _score(estimator, batch, losses_BT, feedback_NG)
+        watched.before_backward(float(batch.labels_BT.numel()))
+        if not scorer.after_backward:
+            watched.add()
+            scorer.scores()
+            del watched
         weighted_mean(losses_BT, torch.ones_like(losses_BT), 1.0, 1).backward()
-        if estimator.needs_backward:
-            reduced = _score(estimator, batch, losses_BT, feedback_NG)
-    return Counted(work, activations, work.peak + held, reduced, bytes_held(estimator))
-
-
-def _forward(model: PreTrainedModel, batch: Batch, estimator: Estimator) -> tuple[Tensor, Tensor | None]:
-    with estimator.capture(norms=False):
-        logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
-        return token_losses(logits_BTV, batch.labels_BT, estimator.visit)
-
-
-def _score(estimator: Estimator, batch: Batch, losses_BT: Tensor, feedback_NG: Tensor | None) -> int:
-    estimator.add(batch, losses_BT.detach(), feedback_NG)
-    reduced = estimator.reduced
-    estimator.scores()
-    return reduced
+        if scorer.after_backward:
+            watched.add()
+            scorer.scores()
+    return Counted(work, activations, work.peak + held, bytes_held(scorer))

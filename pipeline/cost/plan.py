@@ -1,11 +1,12 @@
 """What plain steps and scored ones would cost at other sizes: `python -m pipeline.benchmark --plan`.
 
-One micro-batch of one rank is counted (`reckoning.py`), what DeepSpeed adds follows from ZeRO's formulas (arXiv
+One micro-batch of one rank is counted (`meta_step.py`), what DeepSpeed adds follows from ZeRO's formulas (arXiv
 1910.02054, sections 5 and 7), and the time from the speeds in `benchmark.*`. No process group, no engine, no memory.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import PreTrainedModel
 
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import BenchmarkConfig, Config
 from pipeline.config.timing import Stopwatch
-from pipeline.cost.measure import PLAIN, make_estimator, refuse_too_long, variants
-from pipeline.cost.meta_step import META, Counted, Reckoning, micro_batch
+from pipeline.cost.config import BenchmarkConfig, BenchmarkRun
+from pipeline.cost.measure import PLAIN, make_scorer, refuse_too_long, variants
+from pipeline.cost.meta_step import META, Counted, MetaStep, count
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import PHASES
+from pipeline.influence.scorer import SketchScorer
 from pipeline.models.load import model_without_weights
 from pipeline.models.second_moments import SecondMoments
 
@@ -62,8 +64,8 @@ class Cluster:
         return 4 if self.precision == "fp32" else 2
 
 
-def cluster_of(config: Config) -> Cluster:
-    """Raises ValueError where its optimizer is not one that is reckoned with."""
+def cluster_of(config: BenchmarkRun) -> Cluster:
+    """Raises ValueError where its optimizer is not one that it knows."""
     settings = read_deepspeed_config(config)
     optimizer = settings["optimizer"].get("type", "")
     if optimizer.lower() not in ("adam", "adamw"):
@@ -164,7 +166,7 @@ def speeds_of(assumed: BenchmarkConfig, cluster: Cluster) -> Speeds:
     )
 
 
-def plan(config: Config) -> dict[str, Any]:
+def plan(config: BenchmarkRun) -> dict[str, Any]:
     """What a plain step and a scored one of each kind would cost on `benchmark.ranks` ranks: per rank and optimizer
     step, by the names that `cost.measure` has for what it measures.
 
@@ -176,7 +178,7 @@ def plan(config: Config) -> dict[str, Any]:
     influence = config.influence
     if influence.reference == "validation" or influence.scope == "step" or influence.passes == "score_first":
         raise ValueError(
-            "--plan reckons with scoring that takes no forward of its own: set influence.reference to batch or "
+            "--plan counts scoring that takes no forward of its own: set influence.reference to batch or "
             "running, influence.scope to micro_step and influence.passes to one"
         )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cluster.precision, torch.float32)
@@ -186,22 +188,26 @@ def plan(config: Config) -> dict[str, Any]:
     samples = RandomTokens(model.config.vocab_size, config.data.sequence_length, config.seed)
     batch = samples.batch_at(list(range(cluster.micro_batch)), META)
 
-    counted, wires = {}, {}
+    counted, reduced, wires = {}, {}, {}
     for name, own in configs.items():
-        estimator = make_estimator(name, own, model, META, Stopwatch(torch.device("cpu")))
+        summed: list[int] = []
+        scorer = make_scorer(name, own, model, META, Stopwatch(torch.device("cpu")), partial(_count, summed))
         read = 0.0
         if own.influence.precondition == "adam_state":
             means = {weight: _means(shape) for weight, shape in _matrices(model).items()}
-            with Reckoning(model):  # answers for values that are not there
-                estimator.precondition(SecondMoments(means, 0.999, 1000))  # of any decay: what is counted is the same
+            assert isinstance(scorer, SketchScorer)
+            with MetaStep(model):  # answers for values that are not there
+                scorer.precondition(SecondMoments(means, 0.999, 1000))  # of any decay: what is counted is the same
             numbers = sum(sum(shape) + 1 for shape in _matrices(model).values())
             read = numbers / own.influence.adam_every_steps / cluster.accumulation
         # ZeRO-3's own linear function saves what it needs after its product: a block is recomputed to its end.
         with set_checkpoint_early_stop(cluster.stage < 3):
             if own.influence.precondition == "adam_ema":  # scales from the second micro-batch on
-                micro_batch(model, batch, estimator)
-            counted[name] = micro_batch(model, batch, estimator)
-        wires[name] = 4 * (counted[name].reduced + read) if cluster.ranks > 1 else 0.0
+                count(model, batch, scorer)
+            summed.clear()
+            counted[name] = count(model, batch, scorer)
+        reduced[name] = sum(summed)
+        wires[name] = 4 * (reduced[name] + read) if cluster.ranks > 1 else 0.0
 
     lasting, buffer = states(parameters, cluster), buffers(parameters, cluster)
     resident = buffer + sum(size for name, size in lasting.items() if name not in cluster.host)
@@ -215,7 +221,7 @@ def plan(config: Config) -> dict[str, Any]:
     compute = sum(plain["seconds"].values()) - plain["seconds"]["wire"]
     plain |= {"wire_bytes": wire, "step_seconds": max(compute, plain["seconds"]["wire"])}
     for name, row in rows.items():
-        row |= _compared(row, plain, counted[name], wires[name], cluster, speeds)
+        row |= _compared(row, plain, reduced[name], wires[name], cluster, speeds)
     return {
         "setting": _setting(config, cluster, parameters),
         "states_bytes": lasting,
@@ -226,6 +232,12 @@ def plan(config: Config) -> dict[str, Any]:
         "speeds": {key: getattr(speeds, key) for key in ("low", "full", "memory", "network")},
         "assumptions": list(ASSUMPTIONS),
     }
+
+
+def _count(summed: list[int], tensor: Tensor) -> Tensor:
+    """In place of the ranks' sum: only how much it would be of."""
+    summed.append(tensor.numel())
+    return tensor
 
 
 def _matrices(model: PreTrainedModel) -> dict[str, torch.Size]:
@@ -256,16 +268,16 @@ def _figures(counted: Counted, resident: float, accumulation: int, speeds: Speed
 
 
 def _compared(
-    row: dict[str, Any], plain: dict[str, Any], counted: Counted, wire: float, cluster: Cluster, speeds: Speeds
+    row: dict[str, Any], plain: dict[str, Any], reduced: int, wire: float, cluster: Cluster, speeds: Speeds
 ) -> dict[str, Any]:
-    """Beside plain steps. `wire`: bytes that scoring hands over per micro-batch."""
+    """Beside plain steps. `reduced`: numbers of a sample's sketch; `wire`: bytes of scoring per micro-batch."""
     flops, base = sum(row["gflop"].values()), sum(plain["gflop"].values())
     elements, base_elements = (sum(one["other_giga_elements"].values()) for one in (row, plain))
     seconds = {part: row["seconds"][part] - plain["seconds"][part] for part in ("products", "other")}
     seconds["wire"] = sent({"all_reduce": wire * cluster.accumulation}, cluster.ranks) / speeds.network
     return {
         "bytes_per_micro_batch": wire,
-        "moment_bytes": 4 * counted.reduced * cluster.micro_batch,
+        "sketch_bytes": 4 * reduced * cluster.micro_batch,
         "scoring_gflop": flops - base,
         "scoring_flop_ratio": flops / base,
         "scoring_other_giga_elements": elements - base_elements,
@@ -276,7 +288,7 @@ def _compared(
     }
 
 
-def _setting(config: Config, cluster: Cluster, parameters: int) -> dict[str, Any]:
+def _setting(config: BenchmarkRun, cluster: Cluster, parameters: int) -> dict[str, Any]:
     """What the figures are of."""
     influence = config.influence
     return {

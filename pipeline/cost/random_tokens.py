@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.data.batch import IGNORE, Batch, Unit
+from pipeline.data.batch import Batch, Unit, next_token_labels
 from pipeline.data.samples import Samples
 
 
@@ -16,8 +16,7 @@ class RandomTokens(Samples):
     def batch_at(self, positions: list[int], device: torch.device) -> Batch:
         rows = [np.random.default_rng([self._seed, p]).integers(self._vocabulary, size=self._length) for p in positions]
         ids_BT = torch.from_numpy(np.stack(rows))
-        labels_BT = torch.full_like(ids_BT, IGNORE)
-        labels_BT[:, :-1] = ids_BT[:, 1:]
+        labels_BT = next_token_labels(ids_BT)
         return Batch(ids_BT.to(device), labels_BT.to(device), self._units_at(positions))
 
     def units(self, position: int, size: int) -> list[Unit]:

@@ -50,19 +50,6 @@ def print_tables(found: dict[str, Any]) -> None:
         console.print(f"model FLOPs utilization, plain: {plain['model_flops_utilization']:.1%}", highlight=False)
 
 
-def print_sweep(rows: list[dict[str, Any]]) -> None:
-    """How the cost grows, on one screen."""
-    columns = ("size", "plain s", "ratio", "CPU time", "GFLOP of scoring", "FLOP ratio", "MB")
-    table = _table(f"scoring by {rows[0]['estimator']}, one size changed at a time", columns)
-    for row in rows:
-        ratios = [f"{row[key]:.3f}" for key in ("step_time_ratio_median", "cpu_time_ratio_median")]
-        flops = [f"{row[key]:.3f}" for key in ("scoring_gflop", "scoring_flop_ratio")]
-        wire = f"{row['bytes_per_micro_batch'] / 1e6:.2f}"
-        seconds = f"{row['plain_step_seconds_median']:.3f}"
-        table.add_row(row["dimension"], f"{row['size']:,}", seconds, *ratios, *flops, wire)
-    Console().print(table)
-
-
 def print_plan(found: dict[str, Any]) -> None:
     """The figures of `plan` on one screen, with what they assume."""
     setting, plain, lasting = found["setting"], found["plain"], found["states_bytes"]

@@ -1,6 +1,7 @@
 """A micro-batch of sequences and the units in it."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,14 @@ PADDING = -1
 """Document id of padded positions."""
 
 
+def next_token_labels(tokens_BT: Tensor) -> Tensor:
+    """The label rule of causal LMs: position t predicts token t + 1, the last one nothing. `tokens_BT`: token ids, in
+    which IGNORE stands for what nobody is to predict (padding)."""
+    labels_BT = torch.full_like(tokens_BT, IGNORE)
+    labels_BT[:, :-1] = tokens_BT[:, 1:]
+    return labels_BT
+
+
 @dataclass(frozen=True)
 class Unit:
     """What is scored: `span` of the flattened positions of a batch, and the documents it comes from."""
@@ -30,16 +39,28 @@ class Unit:
 
 @dataclass(frozen=True)
 class Batch:
-    """`label_t` is token t + 1, IGNORE at the last position and where that token is padding."""
+    """Sequences of one length. `labels_BT`: what each position is to predict (`next_token_labels`)."""
 
     input_ids_BT: Tensor
     labels_BT: Tensor
     units: list[Unit]
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+    """What else the model is called with, (B, ...): attention_mask, position_ids."""
+
+    @property
+    def spans(self) -> list[Span]:
+        """Of the units."""
+        return [unit.span for unit in self.units]
+
+    @property
+    def tokens_U(self) -> Tensor:
+        """Labelled tokens of each unit."""
+        return self.sum_per_unit(self.labels_BT != IGNORE)
 
     def sum_per_unit(self, values_BT: Tensor) -> Tensor:
         """Sum over each unit's positions, in float64; shape (U,)."""
         values_N = values_BT.flatten().double()
-        return torch.stack([values_N[start:stop].sum() for start, stop in (unit.span for unit in self.units)])
+        return torch.stack([values_N[start:stop].sum() for start, stop in self.spans])
 
     def spread_over_tokens(self, values_U: Tensor) -> Tensor:
         """Each unit's value at each of its positions, 0 elsewhere, in float32; shape (B, T)."""
@@ -64,17 +85,11 @@ class Batch:
         """Of each unit's sequence, in the order of samples."""
         return torch.tensor([unit.position for unit in self.units], device=self.input_ids_BT.device)
 
+    @property
+    def row_positions(self) -> list[int]:
+        """Of each sequence, in the order of samples."""
+        found = {unit.span[0] // self.input_ids_BT.shape[1]: unit.position for unit in self.units}
+        return [found[row] for row in range(len(self.input_ids_BT))]
+
     def _rows_U(self) -> Tensor:
         return torch.tensor([unit.span[0] // self.input_ids_BT.shape[1] for unit in self.units])
-
-
-@dataclass(frozen=True)
-class Scored:
-    """This rank's units of one micro-batch: the positions of their sequences, scores against all that is decided
-    together and against the micro-batch alone, losses (sums over labelled tokens, nats), how many tokens these are."""
-
-    positions_U: Tensor
-    scores_U: Tensor
-    micro_scores_U: Tensor
-    losses_U: Tensor
-    tokens_U: Tensor

@@ -21,8 +21,7 @@ import pyarrow.parquet as pq
 import zstandard
 from tqdm import tqdm
 
-from pipeline.config.rules import BUILTIN
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema import BUILTIN, DataConfig
 from pipeline.data.builtin import builtin_documents
 from pipeline.data.document import Document, Problem, Split
 

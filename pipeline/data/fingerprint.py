@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.rules import BUILTIN
-from pipeline.config.schema import Config
+from pipeline.config.schema import BUILTIN, Config
 from pipeline.data.corpus import resolve
 from pipeline.data.tokenizer import vocabulary_size
 

@@ -1,33 +1,32 @@
-"""Packed sequences -> batches. The order of samples is a function of (seed, global position) and nothing else."""
-
-from functools import lru_cache
+"""Packed sequences -> batches."""
 
 import datasets
 import numpy as np
 import torch
 
-from pipeline.data.batch import IGNORE, PADDING, Batch, Unit
+from pipeline.data.batch import IGNORE, PADDING, Batch, Unit, next_token_labels
+from pipeline.data.order import Order
 
 
 class Samples:
-    """The training sequences in the order of their global position: every epoch is its own seeded permutation.
-
-    Position p holds row permutation(seed, p // rows)[p % rows], at any world size, on any rank, however often the run
-    was resumed.
-    """
+    """The packed sequences of a split in a seeded order (`Order`), and the units in them."""
 
     def __init__(self, rows: datasets.Dataset, seed: int, unit: str) -> None:
         self._rows = rows.with_format("numpy")
         self._documents = self._rows.select_columns(["document_ids", "subset"])
-        self._seed, self._unit = seed, unit
-        self._permutation = lru_cache(maxsize=2)(self._permutation_of)
-
-    def _permutation_of(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self._seed, epoch]).permutation(len(self._rows))
+        self._order, self._unit = Order(len(rows), seed), unit
 
     def epoch(self, position: int) -> int:
         """How often all sequences were seen before `position`."""
-        return position // len(self._rows)
+        return self._order.epoch(position)
+
+    def micro_batches(
+        self, position: int, rank: int, world: int, size: int, accumulation: int, device: torch.device
+    ) -> list[Batch]:
+        """A rank's part of the optimizer step that begins at `position`: global micro-batches one after the other, the
+        ranks' parts one after the other in each."""
+        firsts = [position + (m * world + rank) * size for m in range(accumulation)]
+        return [self.batch(first, size, device) for first in firsts]
 
     def batch(self, position: int, size: int, device: torch.device) -> Batch:
         """The sequences at positions `position` to `position + size`, not included."""
@@ -38,8 +37,7 @@ class Samples:
         rows = self._at(self._rows, positions)
         ids_BT = torch.from_numpy(np.stack(rows["input_ids"]).astype(np.int64))
         documents_BT = torch.from_numpy(np.stack(rows["document_ids"]))
-        labels_BT = torch.full_like(ids_BT, IGNORE)
-        labels_BT[:, :-1] = ids_BT[:, 1:].where(documents_BT[:, 1:] != PADDING, IGNORE)
+        labels_BT = next_token_labels(ids_BT.where(documents_BT != PADDING, IGNORE))
         return Batch(ids_BT.to(device), labels_BT.to(device), self._units_of(rows, positions))
 
     def units(self, position: int, size: int) -> list[Unit]:
@@ -53,7 +51,7 @@ class Samples:
         return row["input_ids"][np.isin(row["document_ids"], document_ids)].tolist()
 
     def _at(self, rows: datasets.Dataset, positions: list[int]) -> dict:
-        indices = [int(self._permutation(self.epoch(p))[p % len(rows)]) for p in positions]
+        indices = [self._order.row(position) for position in positions]
         return {"sample_id": indices, **rows[indices]}
 
     def _units_of(self, rows: dict, positions: list[int]) -> list[Unit]:

@@ -121,7 +121,7 @@ def _updates(optimizer: dict[str, Any]) -> Tensor:
 def checkpoint_position(checkpoint: Path) -> int:
     """The position in the sample order at which the run goes on from `checkpoint`."""
     path = next(checkpoint.glob("*mp_rank_00_model_states.pt"))
-    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["position"]
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["influence"]["position"]
 
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:

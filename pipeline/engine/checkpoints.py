@@ -19,10 +19,10 @@ MANIFEST = "manifest.json"
 class Progress:
     """What a checkpoint holds beside DeepSpeed's own: enough to go on as if nothing had happened."""
 
-    step: int
-    position: int
     evaluations: dict[int, dict[str, Any]]
-    estimator: dict[str, Any]
+    """Held-out figures by optimizer step."""
+    influence: dict[str, Any]
+    """State of the influence engine: step, position in the sample order, what the scorer holds."""
 
 
 def find_checkpoint(config: Config) -> Path | None:

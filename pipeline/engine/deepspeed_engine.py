@@ -55,6 +55,15 @@ def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> Deep
     return engine
 
 
+def settings_of(engine: DeepSpeedEngine) -> dict[str, Any]:
+    """What of its DeepSpeed JSON decides which estimators go with an engine, in the JSON's own form."""
+    optimizer = engine.optimizer_name() or type(engine.basic_optimizer).__name__
+    return {
+        "optimizer": {"type": "adamw" if "adam" in optimizer.lower() else optimizer},
+        "zero_optimization": {"stage": engine.zero_optimization_stage(), "overlap_comm": engine.zero_overlap_comm()},
+    }
+
+
 def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, Any]) -> None:
     """Write the directory `checkpoint` in DeepSpeed's own format, with `state` in it. Collective.
 

@@ -69,4 +69,4 @@ def widths(influence: InfluenceConfig) -> str:
     sketch = influence.sketch
     if not isinstance(sketch, SketchConfig):
         return "none"
-    return f"{sketch.layers if influence.estimator == 'ghost' else sketch.inputs}x{sketch.gradients}"
+    return f"{sketch.hidden_width if influence.estimator == 'ghost' else sketch.input_width}x{sketch.logit_width}"

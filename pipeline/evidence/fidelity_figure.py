@@ -8,7 +8,7 @@ import numpy as np
 from cycler import cycler
 from matplotlib import pyplot as plt
 
-from pipeline.config.schema import Config
+from pipeline.evidence.config import FidelityRun
 from pipeline.evidence.correlation import Comparison, widths
 
 matplotlib.use("Agg")
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 _MOST_SCATTERS = 4
 
 
-def draw(config: Config, comparisons: Sequence[Comparison], path: Path) -> None:
+def draw(config: FidelityRun, comparisons: Sequence[Comparison], path: Path) -> None:
     """Above, score against reference at up to four checkpoints; below, the mean correlation over checkpoints and the
     spread of the batches' correlations, by estimator.
 
@@ -32,8 +32,7 @@ def draw(config: Config, comparisons: Sequence[Comparison], path: Path) -> None:
     checkpoints = list(dict.fromkeys(c.checkpoint for c in shown))
 
     influence = config.influence
-    weights = "" if influence.layer_weights == "none" else f"/{influence.layer_weights}"
-    wanted = (f"{influence.estimator}{weights}", influence.precondition, widths(influence))
+    wanted = (influence.estimator, influence.precondition, widths(influence))
     own = next((c.name for c in shown if (c.estimator, c.precondition, c.sketch) == wanted), names[0])
     # Evenly over the run, its first and last among them.
     picked = np.unique(np.linspace(0, len(checkpoints) - 1, _MOST_SCATTERS).round().astype(int))
@@ -49,7 +48,7 @@ def draw(config: Config, comparisons: Sequence[Comparison], path: Path) -> None:
             xlabel=reference,
             ylabel="score",
         )
-    above.suptitle(f"{own} against {reference}, own term {own_term}; a colour a batch")
+    above.suptitle(f"{own} against {reference}, self-influence {own_term}; a colour a batch")
 
     lines, violins = below.subplots(1, 2)
     spreads: list[list[float]] = []

@@ -16,8 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.baselines.flattened import flattened_grams
 from pipeline.baselines.last_blocks import partial_backward_gram
-from pipeline.config.rules import EXACT, LAYER_WEIGHTS
-from pipeline.config.schema import Config, InfluenceConfig
+from pipeline.config.schema import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch
 from pipeline.data.prepared import ensure_prepared, load_split
@@ -25,30 +24,29 @@ from pipeline.data.samples import Samples
 from pipeline.engine import checkpoint_files, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import checkpoints_of
+from pipeline.evidence.config import EXACT, FidelityRun
 from pipeline.evidence.correlation import Comparison, widths
 from pipeline.evidence.fidelity_figure import draw
 from pipeline.evidence.references import (
-    _OWN_TERMS,
+    BOTH,
     Adam,
-    _peak_learning_rate,
     adam_step,
     inner_products,
+    peak_learning_rate,
     reference_values,
     sample_gradients,
 )
 from pipeline.evidence.shapley import row_sums
-from pipeline.influence.estimator import Estimator
+from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.scorer import ControlScorer, SketchScorer
+from pipeline.influence.table import scorer_of
 from pipeline.models.load import load_model
 from pipeline.models.second_moments import Moments, second_moments
-from pipeline.tasks.causal_lm import token_losses
 
 START = "start"
 
 
 _WARM_UP_BATCHES = 8  # that running means are made of before they are measured
-
-
-_WARMED_UP = ("adam_ema", *LAYER_WEIGHTS)
 
 
 _LAST_BLOCKS = {"residual_last_1": 1, "residual_last_2": 2}
@@ -61,26 +59,18 @@ _FIRST_ORDER = ("ip_adam", "shapley_adam_limit")
 """References that are also held against the others: how far any gradient can come."""
 
 
-# Scores
+def scores_of(scorer: ControlScorer | SketchScorer, model: nn.Module, batch: Batch) -> Tensor:
+    """One micro-batch through the model and the scorer as training takes it; (B,) float64, on the CPU."""
+    watched = MicroBatch(scorer, batch, Stopwatch(batch.input_ids_BT.device))
+    with torch.set_grad_enabled(scorer.after_backward):
+        watched.forward(model)
+    watched.before_backward(float((batch.labels_BT != IGNORE).sum()))
+    watched.backward_to_inputs()
+    watched.add()
+    return scorer.scores()[0].scores_U.double().cpu()
 
 
-def scores_of(estimator: Estimator, model: nn.Module, batch: Batch) -> Tensor:
-    """One micro-batch through the estimator as training takes it; (B,) float64, on the CPU."""
-    with torch.set_grad_enabled(estimator.needs_backward):
-        with estimator.capture():
-            logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False).logits
-            losses_BT, feedback = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
-        if estimator.needs_backward:
-            estimator.watch(batch, losses_BT, float((batch.labels_BT != IGNORE).sum()))
-            estimator.backward_to_inputs(losses_BT)
-    estimator.add(batch, losses_BT.detach(), feedback)
-    return estimator.scores()[0].scores_U.double().cpu()
-
-
-# The measurement
-
-
-def measure(config: Config) -> dict[str, Any]:
+def measure(config: FidelityRun) -> dict[str, Any]:
     """Hold every estimator against every reference at every checkpoint; write the JSON and the figure.
 
     Raises ValueError where a checkpoint that the config names is not there or belongs to another model.
@@ -105,7 +95,7 @@ def measure(config: Config) -> dict[str, Any]:
     shapley = []
     for checkpoint in tqdm(names, desc="checkpoints"):
         model = load_model(config.model, config.seed).eval()
-        moments, learning_rate = None, _peak_learning_rate(config)
+        moments, learning_rate = None, peak_learning_rate(config)
         if checkpoint != START:
             load_weights(model, found[checkpoint])
             moments = checkpoint_files.checkpoint_adam(found[checkpoint])
@@ -125,10 +115,10 @@ def measure(config: Config) -> dict[str, Any]:
         as_estimators = [
             ((reference, "none", "none"), own, [values[reference, own] for values in values_of_batch])
             for reference in _FIRST_ORDER
-            for own in _OWN_TERMS
+            for own in BOTH
             if all((reference, own) in values for values in values_of_batch)
         ]
-        scored = _all_scores(config, model, exact, batches, moments, adam, device)
+        scored = _all_scores(config, model, exact, batches, moments, adam)
         for key, own, scores in itertools.chain(scored, as_estimators):
             name, precondition, sketch = key
             whole = exact_forms.setdefault((name, precondition, own), scores)  # an exact form comes before its sketch
@@ -149,17 +139,16 @@ def measure(config: Config) -> dict[str, Any]:
 
 
 def _all_scores(
-    config: Config,
+    config: FidelityRun,
     model: PreTrainedModel,
     exact: PreTrainedModel,
     batches: list[Batch],
     moments: Moments | None,
     adam: Adam | None,
-    device: torch.device,
 ) -> Iterator[tuple[tuple[str, str, str], bool, list[Tensor]]]:
-    """(estimator, precondition, sketch), whether the own term is in, and the scores of every measured batch."""
+    """(estimator, precondition, sketch), whether the self-influence is in, and the scores of every measured batch."""
     measured = batches[_WARM_UP_BATCHES:]
-    second = second_moments(moments, adam.betas[1], device) if moments and adam else None
+    second = second_moments(moments, adam.betas[1], model.device) if moments and adam else None
     matrices: dict[str, list[Tensor]] = defaultdict(list)
     if set(config.fidelity.estimators) & set(_COMPARISON_ONLY):
         for batch in measured:
@@ -168,35 +157,34 @@ def _all_scores(
                 matrices[name].append(matrix_BB.double().cpu())
     for entry in config.fidelity.estimators:
         name, _, form = entry.partition("/")
-        weights, precondition = (form, "none") if form in LAYER_WEIGHTS else ("none", form or "none")
-        if form in ("adam_state", "gains") and second is None:
+        precondition = form or "none"
+        if form == "adam_state" and second is None:
             continue  # no optimizer state to go by
         if name in _LAST_BLOCKS:
             means = second.means if second and form else None
             grams = [partial_backward_gram(model, batch, _LAST_BLOCKS[name], means) for batch in measured]
-            for own in _OWN_TERMS:
+            for own in BOTH:
                 yield (name, precondition, "none"), own, [row_sums(gram.double().cpu(), own) for gram in grams]
             continue
-        for own in _OWN_TERMS:
+        for own in BOTH:
             if name in _COMPARISON_ONLY:
                 alone = name == "logit_gradient_norm"
                 yield (name, "none", "none"), own, [row_sums(matrix, own or alone) for matrix in matrices[name]]
                 continue
-            for influence in _forms(config, name, precondition, weights, own):
-                estimator = Estimator(influence, model, config.seed, device, Stopwatch(device))
-                if estimator.needs_second_moments and second:
-                    estimator.precondition(second)
-                for batch in batches[:_WARM_UP_BATCHES] if form in _WARMED_UP else []:
-                    scores_of(estimator, model, batch)
-                scores = [scores_of(estimator, model, batch) for batch in measured]
-                label = name if weights == "none" else entry
-                yield (label, precondition, widths(influence)), own, scores
+            for influence in _forms(config, name, precondition, own):
+                device = model.device
+                scorer = scorer_of(influence, model, config.seed, device, Stopwatch(device), lambda tensor: tensor)
+                if isinstance(scorer, SketchScorer) and scorer.reads_second_moments and second:
+                    scorer.precondition(second)
+                for batch in batches[:_WARM_UP_BATCHES] if form == "adam_ema" else []:
+                    scores_of(scorer, model, batch)
+                scores = [scores_of(scorer, model, batch) for batch in measured]
+                yield (name, precondition, widths(influence)), own, scores
 
 
-def _forms(config: Config, name: str, precondition: str, weights: str, own: bool) -> list[InfluenceConfig]:
+def _forms(config: FidelityRun, name: str, precondition: str, own: bool) -> list[InfluenceConfig]:
     """The estimator as the config sketches it and, where asked for, exact; controls have one form."""
-    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "layer_weights": weights}
-    chosen["include_self"] = own
+    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "include_self": own}
     base = replace(config.influence, reference="batch", unit="sequence", scope="micro_step", **chosen)
     exact = replace(base, sketch="none")
     if name in ("loss", "random") or base.sketch == "none":

@@ -121,36 +121,6 @@ def differences(rows: list[dict[str, Any]], metric: str, unit: str) -> bytes:
     return _finish(figure, None)
 
 
-def sweep(rows: list[dict[str, Any]]) -> bytes:
-    """What scoring adds to a step, in percent of a plain one, by one size at a time."""
-    dimensions = list(dict.fromkeys(row["dimension"] for row in rows))
-    figure, axes = _new(1, len(dimensions), height=3.2, sharey=True)
-    for axis, dimension in zip(axes, dimensions, strict=True):
-        own = sorted((row for row in rows if row["dimension"] == dimension), key=lambda row: row["size"])
-        sizes = [row["size"] for row in own]
-        axis.errorbar(
-            sizes,
-            [100 * (row["step_time_ratio_median"] - 1) for row in own],
-            yerr=[
-                [100 * abs(row["step_time_ratio_quartiles"][end] - row["step_time_ratio_median"]) for row in own]
-                for end in (0, 1)
-            ],
-            marker="o",
-            markersize=4,
-            capsize=3,
-            label="time (median, quartiles)",
-        )
-        for key, label in {"cpu_time_ratio_median": "CPU time", "scoring_flop_ratio": "FLOPs"}.items():
-            axis.plot(sizes, [100 * (row[key] - 1) for row in own], marker="o", markersize=4, label=label)
-        axis.axhline(0, color="black", linewidth=0.6)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(sizes, [f"{size:,}" for size in sizes])
-        axis.minorticks_off()
-        axis.set_xlabel(dimension)
-    axes[0].set_ylabel("scoring, % of a plain step")
-    return _finish(figure, axes[0])
-
-
 def _new(rows: int, columns: int, height: float, **options: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, **options)).ravel()

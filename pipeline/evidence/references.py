@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.rules import EXACT
 from pipeline.config.schema import Config
 from pipeline.data.batch import IGNORE, Batch
 from pipeline.engine import checkpoint_files
+from pipeline.evidence.config import EXACT, FidelityRun
 from pipeline.evidence.shapley import permutation_shapley, row_sums
 from pipeline.models.second_moments import Moments
 from pipeline.tasks.causal_lm import token_losses
@@ -164,7 +164,7 @@ class StepEffect:
         return (losses_ZT.double().sum(1) / (self._target.labels_BT != IGNORE).sum()).cpu()
 
 
-_OWN_TERMS = (True, False)
+BOTH = (True, False)
 
 
 Values = dict[tuple[str, bool], Tensor]
@@ -175,7 +175,7 @@ Values = dict[tuple[str, bool], Tensor]
 
 
 def reference_values(
-    config: Config, model: PreTrainedModel, batch: Batch, adam: Adam | None, learning_rate: float, index: int
+    config: FidelityRun, model: PreTrainedModel, batch: Batch, adam: Adam | None, learning_rate: float, index: int
 ) -> tuple[Values, dict[str, Any]]:
     """What each sample of the `index`-th batch does, by every reference that applies, and how Shapley's went."""
     values: Values = {}
@@ -206,24 +206,24 @@ def reference_values(
                 config.seed,
                 config.fidelity.permutations,
                 config.fidelity.standard_error,
-                lambda effects: torch.stack([row_sums(effects, own) for own in _OWN_TERMS]),
+                lambda effects: torch.stack([row_sums(effects, own) for own in BOTH]),
             )
             effects = estimate.effects_nZ
-            spreads = [float(row_sums(effects, own).std()) for own in _OWN_TERMS]
+            spreads = [float(row_sums(effects, own).std()) for own in BOTH]
             details[name] = {
                 "permutations": estimate.permutations,
                 "learning_rate": learning_rate,
                 "standard_error": {
                     "in" if own else "out": float(errors.max()) / spread if spread else None
-                    for own, errors, spread in zip(_OWN_TERMS, estimate.errors_Rn, spreads, strict=True)
+                    for own, errors, spread in zip(BOTH, estimate.errors_Rn, spreads, strict=True)
                 },
                 "seconds": round(time.perf_counter() - started, 1),
             }
-        values |= {(name, own): row_sums(effects, own) for own in _OWN_TERMS}
+        values |= {(name, own): row_sums(effects, own) for own in BOTH}
     return values, details
 
 
-def _peak_learning_rate(config: Config) -> float:
+def peak_learning_rate(config: Config) -> float:
     """Of the optimizer and its schedule: what `start`, where no step has set another, is measured with."""
     settings = read_deepspeed_config(config)
     schedule = settings.get("scheduler", {}).get("params", {})

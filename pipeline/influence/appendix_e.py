@@ -1,61 +1,91 @@
-"""Appendix E of arXiv 2510.16007: logit gradients scaled by a running mean of their squares."""
+"""`adam_ema`, Appendix E of arXiv 2510.16007: logit gradients scaled by a running mean of their squares."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
+from pipeline.data.batch import Batch
+from pipeline.influence.estimator import SampleGradients
+from pipeline.influence.lai import Lai, LaiWatch
+from pipeline.models.second_moments import SecondMoments
 
-class RunningMean:
-    """An exponential mean over global micro-batches of each one's mean over its tokens, bias-corrected:
+EPS = 1e-8
 
-    m <- decay m + (1 - decay) (sum over tokens) / tokens, `mean_C` = m / (1 - decay^n). Sums are gathered by `add`,
-    handed over for the ranks' sum by `take`, and come back to `update`: what is scored is scored with the means of the
-    micro-batches before it.
+
+class AppendixE:
+    """`lai` or `lli` with the logit gradient on both sides times (D + eps^2)^-power.
+
+    D is, per logit coordinate, an exponential mean over global micro-batches of each one's mean over its tokens of
+    squared logit gradients, bias-corrected: m <- decay m + (1 - decay) (sum over tokens) / tokens, D = m / (1 -
+    decay^n). Power 1/2 is the paper's, which multiplies both sides by Adam's whole denominator; 1/4 on each side makes
+    their product g g' / sqrt(v), Adam's own step. A micro-batch is scored with the D of those before it, so that no
+    softmax has to be formed twice; before the first the scale is 1.
     """
 
-    def __init__(self, size: int, decay: float, device: torch.device) -> None:
-        self.decay, self.updates = decay, 0
-        self.raw_C = torch.zeros(size, device=device)
-        self._sum_C = torch.zeros(size, device=device)
+    accepts: ClassVar[frozenset[str]] = Lai.accepts
+    because: ClassVar[Mapping[str, str]] = {}
+    after_backward: ClassVar[bool] = False
+
+    def __init__(self, lai: Lai, decay: float, power: float, device: torch.device) -> None:
+        self.lai, self._decay, self._power = lai, decay, power
+        self._raw_V, self._updates = torch.zeros(lai.head.outputs, device=device), 0
 
     @property
-    def mean_C(self) -> Tensor | None:
-        """None before the first update."""
-        return self.raw_C / (1 - self.decay**self.updates) if self.updates else None
+    def size(self) -> int:
+        return self.lai.size
 
-    def add(self, sum_C: Tensor) -> None:
-        """Gather the sum over some tokens of this rank."""
-        self._sum_C += sum_C
+    def watch(self, batch: Batch, norms: bool = False) -> "AppendixEWatch":
+        return AppendixEWatch(self.lai.watch(batch, norms), batch, torch.zeros_like(self._raw_V))
 
-    def take(self) -> Tensor:
-        """What was gathered since the last call."""
-        sum_C, self._sum_C = self._sum_C, torch.zeros_like(self._sum_C)
-        return sum_C
+    def learn(self, statistics_C: Tensor) -> None:
+        """One micro-batch without tokens, or whose sum is not finite, is none."""
+        sum_V, tokens = statistics_C[:-1], float(statistics_C[-1])
+        if tokens > 0 and sum_V.isfinite().all():
+            self._go_on(self._raw_V * self._decay + sum_V * ((1 - self._decay) / tokens), self._updates + 1)
 
-    def update(self, sum_C: Tensor, tokens: float) -> None:
-        """Take in a global micro-batch. One without tokens, or whose sum is not finite, is none."""
-        if tokens > 0 and sum_C.isfinite().all():
-            self.load(self.raw_C * self.decay + sum_C * ((1 - self.decay) / tokens), self.updates + 1)
+    def precondition(self, second: SecondMoments) -> None:
+        raise AssertionError("goes by its own mean, not by the optimizer's")
 
-    def load(self, raw_C: Tensor, updates: int) -> None:
-        """Go on from a saved `raw_C` after `updates` updates."""
-        self.raw_C, self.updates = raw_C.to(self.raw_C.device), updates
+    def state_dict(self) -> dict[str, Any]:
+        return {"raw": self._raw_V.cpu(), "updates": self._updates}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["updates"]:
+            self._go_on(state["raw"].to(self._raw_V.device), state["updates"])
+
+    def _go_on(self, raw_V: Tensor, updates: int) -> None:
+        self._raw_V, self._updates = raw_V, updates
+        self.lai.logit_scale_V = (raw_V / (1 - self._decay**updates) + EPS**2).pow(-self._power)
 
 
-class SquaredGradient(RunningMean):
-    """D: the running mean, per logit coordinate, of squared logit gradients (Appendix E), and the scale made of it.
+class AppendixEWatch:
+    """One micro-batch: LAI's, and the sum over its tokens of squared logit gradients."""
 
-    The scale of each side is (D + eps^2)^-power. Power 1/2 is the paper's, which multiplies both sides by Adam's whole
-    denominator; 1/4 on each side makes their product g g' / sqrt(v), Adam's own step. Before the first micro-batch the
-    scale is 1: with the D of those before it, no softmax has to be formed twice.
-    """
+    def __init__(self, lai: LaiWatch, batch: Batch, squares_V: Tensor) -> None:
+        self._lai, self._batch, self._squares_V = lai, batch, squares_V
 
-    EPS = 1e-8
+    def __enter__(self) -> Self:
+        self._lai.__enter__()
+        return self
 
-    def __init__(self, vocabulary: int, decay: float, power: float, device: torch.device) -> None:
-        super().__init__(vocabulary, decay, device)
-        self.power = power
+    def __exit__(self, *error: Any) -> None:
+        self._lai.__exit__(*error)
 
     @property
-    def scale_V(self) -> Tensor | None:
-        """None before the first update."""
-        return None if self.mean_C is None else (self.mean_C + self.EPS**2).pow(-self.power)
+    def norms(self) -> Mapping[str, Tensor]:
+        return self._lai.norms
+
+    def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+        self._squares_V += labelled_n.to(gradient_nV) @ gradient_nV.square()
+        return self._lai.visit(gradient_nV, labelled_n)
+
+    def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None: ...
+
+    def backward_to_inputs(self, losses_BT: Tensor) -> None: ...
+
+    def take(self, logit_sketch_NG: Tensor) -> SampleGradients:
+        gradients = self._lai.take(logit_sketch_NG)
+        tokens = self._batch.tokens_U.sum().to(gradients.sketch_UM)[None]
+        return gradients._replace(statistics_C=torch.cat([self._squares_V.to(tokens), tokens]))

@@ -1,35 +1,37 @@
-"""Moments of true gradients, layer by layer, out of the training's own backward. Hooks live as long as a forward."""
+"""`ghost`: true gradients of every unit, layer by layer, out of the training's own backward (Eq. 3 of arXiv
+2510.16007)."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.data.batch import IGNORE, Span
+from pipeline.config.schema import InfluenceConfig
+from pipeline.config.timing import Stopwatch
+from pipeline.data.batch import IGNORE, Batch
 from pipeline.influence.adam import adam_factors, saturation
+from pipeline.influence.estimator import SampleGradients
+from pipeline.influence.hooks import hooks
 from pipeline.influence.sketch import CountSketch, hashed, seed_of
-from pipeline.models.layers import is_conv1d, layer_shape
+from pipeline.models.layers import Layer, layers_of
 from pipeline.models.second_moments import SecondMoments
 
 
 @dataclass
 class Weight:
-    """A weight matrix in the orientation (D inputs, O outputs), and how its gradients are kept."""
+    """How the gradient of a weight matrix, (inputs, outputs), is kept."""
 
-    transposed: bool
-    """Stored as (O, D), as all but GPT-2's Conv1D are."""
-    dim: int
-    """D."""
+    layer: Layer
+    """One of those that share the weight."""
     shape: tuple[int, int]
     """Of a unit's gradient as it is kept."""
     place: slice | Tensor
-    """Where it goes in the unit's moment,"""
+    """Where it goes in the unit's sketch,"""
     signs_KG: Tensor | None = None
     """and with which signs, where several weights share the places."""
     inputs: CountSketch | None = None
@@ -37,211 +39,240 @@ class Weight:
     input_scale_D: Tensor | None = None
     output_scale_O: Tensor | None = None
 
-    def keys(self, input_ND: Tensor) -> Tensor:
-        """Layer inputs in the geometry of the optimizer, sketched."""
+    def sketch_inputs(self, input_ND: Tensor) -> Tensor:
+        """In the geometry of the optimizer, sketched."""
         return hashed(self.inputs, input_ND, self.input_scale_D)
 
-    def feedback(self, gradient_NO: Tensor) -> Tensor:
+    def sketch_outputs(self, gradient_NO: Tensor) -> Tensor:
         """Output gradients likewise."""
         return hashed(self.outputs, gradient_NO, self.output_scale_O)
 
+    def put(self, sketch_M: Tensor, part_KG: Tensor) -> None:
+        """Add a gradient of this weight to a unit's sketch."""
+        if isinstance(self.place, slice):
+            sketch_M[self.place] += part_KG.flatten()
+        else:
+            assert self.signs_KG is not None
+            sketch_M.index_add_(0, self.place, (part_KG * self.signs_KG).flatten().to(sketch_M.dtype))
 
-class LayerGradients:
-    """Per-unit moments of the gradients of all linear layers and the word embedding (Eq. 3 of arXiv 2510.16007):
+
+class Ghost:
+    """Sketches the gradients of all linear layers and the word embedding:
 
         M_u = over all weights, sum over t in u of a_t (outer) b_t ,  b_t = d (sum of token losses) / d output_t ,
 
-    as one vector a unit. Exact (`widths` None), each weight has its own places, and <M_u, M_z> is the inner product of
-    two gradients. Sketched, a_t and b_t are hashed to `widths[0]` numbers, the vocabulary's side to `widths[1]`, and
-    all weights' products to widths[0] * widths[1] places in all, with random signs: unbiased, and no larger for a
+    as one vector a unit. Exact (no sketch), each weight has its own places, and <M_u, M_z> is the inner product of two
+    gradients. Sketched, a_t and b_t are hashed to `hidden_width` numbers, the vocabulary's side to `logit_width`, and
+    all weights' products to hidden_width x logit_width places in all, with random signs: unbiased, and no larger for a
     deeper model.
 
     A weight that is both head and word embedding is one weight: both parts are added before any product. Position
-    embeddings (one gradient for all sequences), biases and norms are left out. Inputs are sketched in the forward and
-    their products with the output gradients made when the backward passes by, so what is kept from one to the other is
-    a sketch of each input. Recomputation under activation checkpointing is not seen: hooks are on the first forward's
-    tensors.
+    embeddings (one gradient for all sequences), biases and norms are left out (`models.layers.layers_of`).
 
-    Gradients arrive multiplied with whatever is in the loss (weights, world size, accumulation, loss scale). That
-    factor is read off the gradient at the losses, `watch`, so that nothing here knows its parts; all tokens of a rank
-    must share it, or have 0.
+    `adam_state`: every layer's input and output gradient are scaled by `adam.adam_factors`, and a unit's
+    self-influence saturates as Adam's coming step does (`adam.saturation`).
     """
 
+    accepts: ClassVar[frozenset[str]] = frozenset({"adam_state", "running", "validation", "threshold"})
+    because: ClassVar[Mapping[str, str]] = {
+        "document": "the gradient at a position is that of all later losses of its sequence, of other documents too",
+        "score_first": "it scores by the training backward itself",
+    }
+    after_backward: ClassVar[bool] = True
+
     def __init__(
-        self,
-        model: PreTrainedModel,
-        layers: Mapping[str, Any],
-        head: str,
-        widths: tuple[int, int] | None,
-        seed: int,
-        device: torch.device,
-        timed: Callable[[], AbstractContextManager] = nullcontext,
+        self, config: InfluenceConfig, model: PreTrainedModel, seed: int, device: torch.device, timed: Stopwatch
     ) -> None:
-        self._timed, self._head = timed, head
-        self._layers = layers
-        self._newest = 0.0
-        words = model.get_input_embeddings()
-        self._embeddings = {name: module for name, module in model.named_modules() if module is words}
-        names = {id(parameter): name for name, parameter in model.named_parameters()}
-        modules = {**self._embeddings, **layers}
-        # Tied modules have the same name here.
-        self._name = {module: names[id(found.weight)] for module, found in modules.items()}
-        self._weights: dict[str, Weight] = {}
+        found, chosen = layers_of(model), config.widths
+        self.timed = timed
+        self.saturates = config.include_self
+        self.head, self.words, self.linear = found.head, found.words, found.linear
+        self.weights: dict[str, Weight] = {}
+        self.newest = 0.0
+        """`SecondMoments.newest`, 0 before the first `precondition`."""
+        widths = (chosen.hidden_width, chosen.logit_width) if chosen else None
         self.size = 0 if widths is None else widths[0] * widths[1]
-        for module, found in modules.items():
-            name, transposed = self._name[module], not is_conv1d(found)
-            inputs, outputs = layer_shape(found)
-            if name in self._weights:
-                continue
-            if widths is None:
-                place = slice(self.size, self.size + inputs * outputs)
-                self._weights[name] = Weight(transposed, inputs, (inputs, outputs), place)
-                self.size = place.stop
-                continue
-            wide = module in self._embeddings or module == head
-            shape = (min(inputs, widths[0]), min(outputs, widths[1] if wide else min(widths)))
-            generator = torch.Generator().manual_seed(seed_of(seed, f"{name}/place"))
-            index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]].clone()  # not the rest
-            signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
-            self._weights[name] = Weight(transposed, inputs, shape, index.to(device), signs.to(device))
-            if shape[0] < inputs:
-                self._weights[name].inputs = CountSketch(inputs, shape[0], seed_of(seed, f"{name}/inputs"), device)
-            if shape[1] < outputs:
-                self._weights[name].outputs = CountSketch(outputs, shape[1], seed_of(seed, f"{name}/outputs"), device)
+        for layer in (self.words, *self.linear.values()):
+            if layer.weight not in self.weights:
+                self.weights[layer.weight] = self._kept(layer, widths, seed, device)
 
-    def precondition(self, moments: SecondMoments) -> None:
-        """Score in Adam's geometry from now on: see `influence.adam_factors`, and `own_saturation`."""
-        self._newest = moments.newest
-        for name, weight in self._weights.items():
-            rows, columns = moments.means[name] if weight.transposed else reversed(moments.means[name])
-            weight.output_scale_O, weight.input_scale_D = adam_factors(rows, columns)
+    def _kept(self, layer: Layer, widths: tuple[int, int] | None, seed: int, device: torch.device) -> Weight:
+        name, inputs, outputs = layer.weight, layer.inputs, layer.outputs
+        if widths is None:
+            place = slice(self.size, self.size + inputs * outputs)
+            self.size = place.stop
+            return Weight(layer, (inputs, outputs), place)
+        wide = layer is self.words or layer.name == self.head.name
+        shape = (min(inputs, widths[0]), min(outputs, widths[1] if wide else min(widths)))
+        generator = torch.Generator().manual_seed(seed_of(seed, f"{name}/place"))
+        index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]].clone()  # not the rest
+        signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+        weight = Weight(layer, shape, index.to(device), signs.to(device))
+        if shape[0] < inputs:
+            weight.inputs = CountSketch(inputs, shape[0], seed_of(seed, f"{name}/inputs"), device)
+        if shape[1] < outputs:
+            weight.outputs = CountSketch(outputs, shape[1], seed_of(seed, f"{name}/outputs"), device)
+        return weight
 
-    def logit_scale(self) -> Tensor | None:
-        """What multiplies the head's output gradients, (V,), None before the first `precondition`."""
-        return self._weights[self._name[self._head]].output_scale_O
+    def watch(self, batch: Batch, norms: bool = False) -> "GhostWatch":
+        return GhostWatch(self, batch)
 
-    def logit_sketch(self) -> CountSketch | None:
-        """What hashes the head's output gradients."""
-        return self._weights[self._name[self._head]].outputs
+    def precondition(self, second: SecondMoments) -> None:
+        self.newest = second.newest
+        for weight in self.weights.values():
+            weight.output_scale_O, weight.input_scale_D = adam_factors(*weight.layer.means(second.means))
 
-    def __enter__(self) -> "LayerGradients":
-        self._arrived: list[tuple[str, Tensor]] = []
-        self._head_keys: Tensor | None = None
+    def learn(self, statistics_C: Tensor) -> None:
+        raise AssertionError("gathers no statistics")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class GhostWatch:
+    """One micro-batch, through its forward and backward.
+
+    Inputs are sketched in the forward and their products with the output gradients made when the backward passes by,
+    so what is kept from one to the other is a sketch of each input. Recomputation under activation checkpointing is
+    not seen: hooks are on the first forward's tensors.
+
+    Gradients arrive multiplied with whatever is in the loss (weights, world size, accumulation, loss scale). That
+    factor is read off the gradient at the losses, so that nothing here knows its parts; all tokens of a rank must share
+    it, or have 0.
+    """
+
+    norms: Mapping[str, Tensor] = {}
+
+    def __init__(self, how: Ghost, batch: Batch) -> None:
+        self._how, self._batch = how, batch
+        self._losses_BT: Tensor | None = None
+        self._step_tokens: float | None = None
         self._factor: Tensor | None = None
-        self._hooks = [
-            # Before the engine's own hooks, which hand on tensors of their own.
-            module.register_forward_hook(partial(self._passed, name), prepend=True)
-            for name, module in {**self._embeddings, **self._layers}.items()
-        ]
+        self._sketches: Tensor | None = None
+        self._head_inputs: Tensor | None = None
+        self._embedded: Tensor | None = None
+        self._embedded_rows: tuple[Tensor, Tensor] | None = None
+
+    def __enter__(self) -> Self:
+        linear = [(layer.module, partial(self._passed, layer)) for layer in self._how.linear.values()]
+        self._hooks = hooks(after=[(self._how.words.module, self._passed_words), *linear])
+        self._hooks.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
+    def __exit__(self, *error: Any) -> None:
+        self._hooks.__exit__(*error)
 
-    def watch(self, losses_BT: Tensor, spans: list[Span]) -> None:
-        """Before the backward: the losses that it starts from, and the positions of the units whose moments to keep."""
-        self._spans = spans
-        self._moments: Tensor | None = None
+    def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+        return self._how.weights[self._how.head.weight].sketch_outputs(gradient_nV)
+
+    def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None:
+        self._losses_BT, self._step_tokens = losses_BT.detach(), step_tokens
         if losses_BT.requires_grad:
             losses_BT.register_hook(self._read_factor)
 
-    def take_moments(self, feedback_NG: Tensor) -> Tensor:
-        """(U, size) after the backward, with `feedback_NG` the scaled and sketched logit gradients, which need none."""
-        moments, self._moments = self._moments, None
-        assert moments is not None, "no backward came by since `watch`"
-        assert self._head_keys is not None
-        self._add(moments, self._name[self._head], self._head_keys, feedback_NG)
-        self._head_keys = None
-        return moments
+    def backward_to_inputs(self, losses_BT: Tensor) -> None:
+        """Only as far as the word embeddings."""
+        assert self._embedded is not None
+        torch.autograd.grad(losses_BT.sum(), self._embedded)
 
-    def own_saturation(self, labels_BT: Tensor, losses_BT: Tensor, tokens: float) -> Tensor:
-        """What `influence.saturation` leaves out of each unit's own term, (U,); 0 before the first `precondition`. To
-        be asked between the backward and `take_moments`.
+    def take(self, logit_sketch_NG: Tensor) -> SampleGradients:
+        """The head's part comes from the logit gradients of the forward, which need no backward."""
+        sketches = self._sketches
+        assert sketches is not None, "no backward came by since `before_backward`"
+        assert self._head_inputs is not None
+        saturation_U = self._saturation()
+        self._add(sketches, self._how.weights[self._how.head.weight], self._head_inputs, logit_sketch_NG)
+        return SampleGradients(sketches, saturation_U)
+
+    def _saturation(self) -> Tensor:
+        """What `adam.saturation` leaves out of each unit's self-influence, (U,); 0 before the first `precondition`, and
+        where the self-influence does not count.
 
         Of the rows of the words that a unit reads or is to predict, in the word embedding and in the head (of their sum
         where it is one weight). The head's row is taken to have its gradient at the word's own labels alone, where the
-        logit gradient is exp(-loss) - 1. `tokens`: all labelled tokens of the optimizer step.
+        logit gradient is exp(-loss) - 1.
         """
-        saturation_U = losses_BT.new_zeros(len(self._spans))
-        if not self._newest:
+        how, batch, losses_BT = self._how, self._batch, self._losses_BT
+        assert losses_BT is not None
+        saturation_U = losses_BT.new_zeros(len(batch.units))
+        if not (how.newest and how.saturates and self._step_tokens):
             return saturation_U
-        assert self._head_keys is not None
-        lengths = [stop - start for start, stop in self._spans]
-        units_N = torch.cat([labels_BT.new_full((length,), unit) for unit, length in enumerate(lengths)])
-        labelled_N = labels_BT.flatten() != IGNORE
-        labels_N = labels_BT.flatten().where(labelled_N, 0)
+        assert self._head_inputs is not None
+        assert self._embedded_rows is not None
+        lengths = [stop - start for start, stop in batch.spans]
+        units_N = torch.cat([batch.labels_BT.new_full((length,), unit) for unit, length in enumerate(lengths)])
+        labelled_N = batch.labels_BT.flatten() != IGNORE
+        labels_N = batch.labels_BT.flatten().where(labelled_N, 0)
         feedback_N = torch.expm1(-losses_BT.flatten()).where(labelled_N, 0.0)
         parts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        parts[self._name[self._head]].append((labels_N, self._head_keys * feedback_N[:, None]))
-        for module in self._embeddings:
-            parts[self._name[module]].append(self._embedded_keys)
+        parts[how.head.weight].append((labels_N, self._head_inputs * feedback_N[:, None]))
+        parts[how.words.weight].append(self._embedded_rows)
         for name, pairs in parts.items():
-            scale_V = self._weights[name].output_scale_O
+            weight = how.weights[name]
+            scale_V = weight.output_scale_O
             assert scale_V is not None
-            words_M, keys_MK = (torch.cat(several) for several in zip(*pairs, strict=True))
+            words_M, rows_MK = (torch.cat(several) for several in zip(*pairs, strict=True))
             units_M = units_N.repeat(len(pairs))
             # Any one of a word's positions in a unit stands for its row.
-            places_M, stands = units_M * len(scale_V) + words_M, words_M.new_zeros(len(self._spans) * len(scale_V))
+            places_M, stands = units_M * len(scale_V) + words_M, words_M.new_zeros(len(batch.units) * len(scale_V))
             stands[places_M] = torch.arange(len(places_M), device=places_M.device)
-            rows_MK = torch.zeros_like(keys_MK).index_add_(0, stands[places_M], keys_MK)
-            squares_M = rows_MK.square().sum(1) * scale_V[words_M] ** 2
-            taken_M = saturation(squares_M, scale_V[words_M], self._weights[name].dim, tokens, self._newest)
+            summed_MK = torch.zeros_like(rows_MK).index_add_(0, stands[places_M], rows_MK)
+            squares_M = summed_MK.square().sum(1) * scale_V[words_M] ** 2
+            taken_M = saturation(squares_M, scale_V[words_M], weight.layer.inputs, self._step_tokens, how.newest)
             saturation_U.index_add_(0, units_M, taken_M.to(saturation_U.dtype))
         return saturation_U
 
     @torch.no_grad()
-    def _passed(self, name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        with self._timed():
-            weight = self._weights[self._name[name]]
-            if name in self._embeddings:
-                kept, self.embedded = args[0].flatten(), output
-            else:
-                kept = weight.keys(args[0].detach().flatten(0, -2))
-                if name == self._head:
-                    self._head_keys = kept
-                    return
+    def _passed_words(self, args: tuple[Any, ...], output: Tensor) -> None:
+        self._embedded = output
         if output.requires_grad:
-            output.register_hook(partial(self._came_back, name, kept))
+            output.register_hook(partial(self._came_back_to_words, self._how.words.input_rows(args)))
+
+    @torch.no_grad()
+    def _passed(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
+        with self._how.timed("layer gradients"):
+            sketched_NK = self._how.weights[layer.weight].sketch_inputs(layer.input_rows(args))
+        if layer.name == self._how.head.name:
+            self._head_inputs = sketched_NK
+        elif output.requires_grad:
+            output.register_hook(partial(self._came_back, layer, sketched_NK))
 
     @torch.no_grad()
     def _read_factor(self, gradient_BT: Tensor) -> None:
         factor = gradient_BT.abs().max()
         self._factor = torch.where(factor > 0, factor, torch.ones_like(factor))
-        self._moments = gradient_BT.new_zeros(len(self._spans), self.size)
+        self._sketches = gradient_BT.new_zeros(len(self._batch.units), self._how.size)
 
     @torch.no_grad()
-    def _came_back(self, name: str, kept: Tensor, gradient: Tensor) -> None:
-        moments, factor = self._moments, self._factor
-        if moments is None or factor is None:  # a backward that nobody watches
+    def _came_back(self, layer: Layer, inputs_NK: Tensor, gradient: Tensor) -> None:
+        if self._sketches is None or self._factor is None:  # a backward that nobody watches
             return
-        with self._timed():
-            weight = self._weights[self._name[name]]
-            gradient_NO = gradient.flatten(0, -2)
-            if name not in self._embeddings:
-                self._add(moments, self._name[name], kept, weight.feedback(gradient_NO) / factor)
-                return
-            keys_NK = hashed(weight.inputs, gradient_NO, weight.input_scale_D) / factor
-            self._embedded_keys = kept, keys_NK
-            columns_N, signs_N = weight.outputs.of(kept) if weight.outputs else (kept, None)
-            scale_N = weight.output_scale_O[kept] if weight.output_scale_O is not None else None
+        with self._how.timed("layer gradients"):
+            weight = self._how.weights[layer.weight]
+            feedback_NG = weight.sketch_outputs(layer.output_rows(gradient)) / self._factor
+            self._add(self._sketches, weight, inputs_NK, feedback_NG)
+
+    @torch.no_grad()
+    def _came_back_to_words(self, words_N: Tensor, gradient: Tensor) -> None:
+        """Its one-hot inputs make the product a sum of rows by word."""
+        if self._sketches is None or self._factor is None:
+            return
+        with self._how.timed("layer gradients"):
+            weight = self._how.weights[self._how.words.weight]
+            rows_NK = weight.sketch_inputs(self._how.words.output_rows(gradient)) / self._factor
+            self._embedded_rows = words_N, rows_NK
+            columns_N, signs_N = weight.outputs.of(words_N) if weight.outputs else (words_N, None)
+            scale_N = weight.output_scale_O[words_N] if weight.output_scale_O is not None else None
             for scale in (signs_N, scale_N):
                 if scale is not None:
-                    keys_NK = keys_NK * scale.to(keys_NK.dtype)[:, None]
-            for moment, (start, stop) in zip(moments, self._spans, strict=True):
-                part_KG = keys_NK.new_zeros(weight.shape)
-                part_KG.index_add_(1, columns_N[start:stop], keys_NK[start:stop].T)
-                self._put(moment, weight, part_KG)
+                    rows_NK = rows_NK * scale.to(rows_NK.dtype)[:, None]
+            for sketch, (start, stop) in zip(self._sketches, self._batch.spans, strict=True):
+                part_KG = rows_NK.new_zeros(weight.shape)
+                part_KG.index_add_(1, columns_N[start:stop], rows_NK[start:stop].T)
+                weight.put(sketch, part_KG)
 
-    def _add(self, moments: Tensor, name: str, keys_NK: Tensor, feedback_NG: Tensor) -> None:
-        weight = self._weights[name]
-        for moment, (start, stop) in zip(moments, self._spans, strict=True):
-            self._put(moment, weight, keys_NK[start:stop].T @ feedback_NG[start:stop].to(keys_NK.dtype))
-
-    @staticmethod
-    def _put(moment: Tensor, weight: Weight, part_KG: Tensor) -> None:
-        if isinstance(weight.place, slice):
-            moment[weight.place] += part_KG.flatten()
-        else:
-            assert weight.signs_KG is not None
-            moment.index_add_(0, weight.place, (part_KG * weight.signs_KG).flatten().to(moment.dtype))
+    def _add(self, sketches: Tensor, weight: Weight, inputs_NK: Tensor, feedback_NG: Tensor) -> None:
+        for sketch, (start, stop) in zip(sketches, self._batch.spans, strict=True):
+            weight.put(sketch, inputs_NK[start:stop].T @ feedback_NG[start:stop].to(inputs_NK.dtype))

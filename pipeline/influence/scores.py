@@ -1,4 +1,4 @@
-"""Layer-aware influence in moment form: moments, scores, sketches. Pure tensors: no ranks, no model, no DeepSpeed.
+"""Layer-aware influence: gradient sketches and scores. Pure tensors: no ranks, no model, no DeepSpeed.
 
 For token t with layer inputs h_t (all layers', concatenated) and logit gradient g_t, the influence of unit u on the
 loss of a reference is, from Eq. 4 of arXiv 2510.16007 with the sum over tokens that the paper leaves silent,
@@ -16,16 +16,16 @@ from torch import Tensor
 from pipeline.data.batch import Span
 
 
-def unit_moments(keys_NK: Tensor, feedback_NG: Tensor, spans: list[Span]) -> Tensor:
-    """The moment of every unit, M_u = sum over t in u of keys_t (outer) feedback_t, as (U, K, G)."""
-    moments_UKG = keys_NK.new_zeros(len(spans), keys_NK.shape[1], feedback_NG.shape[1])
-    for moment_KG, (start, stop) in zip(moments_UKG, spans, strict=True):
-        torch.mm(keys_NK[start:stop].T, feedback_NG[start:stop], out=moment_KG)
-    return moments_UKG
+def unit_sketches(inputs_NK: Tensor, feedback_NG: Tensor, spans: list[Span]) -> Tensor:
+    """The gradient sketch of every unit, M_u = sum over t in u of inputs_t (outer) feedback_t, as (U, K, G)."""
+    sketches_UKG = inputs_NK.new_zeros(len(spans), inputs_NK.shape[1], feedback_NG.shape[1])
+    for sketch_KG, (start, stop) in zip(sketches_UKG, spans, strict=True):
+        torch.mm(inputs_NK[start:stop].T, feedback_NG[start:stop], out=sketch_KG)
+    return sketches_UKG
 
 
-def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, own: float) -> Tensor:
-    """S_u = <M_u, M - own M_u>; shape (U,), float64. `own` is how often the unit's own moment is in the reference and
+def influence_scores(sketches_UM: Tensor, reference_M: Tensor, own: float) -> Tensor:
+    """S_u = <M_u, M - own M_u>; shape (U,), float64. `own` is how often the unit's own sketch is in the reference and
     shall not count: 0 leaves it in.
 
     The one owner of the sign: **positive helps**. A step along the unit's own gradient then lowers the reference's
@@ -33,10 +33,10 @@ def influence_scores(moments_UKG: Tensor, reference_KG: Tensor, own: float) -> T
     that the paper's rule (drop below 0) drops what opposes the reference. Units: squared activations, times the
     square of a probability; only comparisons within one micro-batch mean something.
     """
-    # Summed in float64: own terms dwarf the others, and K G float32 products lose four digits on some devices.
+    # Summed in float64: self-influence dwarfs the rest, and K G float32 products lose four digits on some devices.
     return torch.stack(
         [
-            (moment_KG * (reference_KG - own * moment_KG if own else reference_KG)).sum(dtype=torch.float64)
-            for moment_KG in moments_UKG
+            (sketch_M * (reference_M - own * sketch_M if own else reference_M)).sum(dtype=torch.float64)
+            for sketch_M in sketches_UM
         ]
     )

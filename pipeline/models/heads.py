@@ -1,16 +1,7 @@
-"""The LM head, the norm before it and the blocks below, found in a model."""
+"""The norm before the LM head and the blocks below it, found in a model."""
 
 from torch import nn
 from transformers import PreTrainedModel
-
-
-def head_layer(model: PreTrainedModel) -> tuple[str, nn.Linear]:
-    """The LM head and its name. Raises ValueError where the model has none."""
-    head = model.get_output_embeddings()
-    for name, module in model.named_modules():
-        if module is head and isinstance(module, nn.Linear):
-            return name, module
-    raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
 
 
 def blocks(model: PreTrainedModel) -> nn.ModuleList:

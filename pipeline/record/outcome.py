@@ -1,22 +1,22 @@
 """What happened in an optimizer step: the units as every rank knows them, and what was decided."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Self
+from typing import Any, Self
 
+import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.data.batch import Scored
-from pipeline.engine import collectives
 from pipeline.influence.policy import Decision
+from pipeline.influence.scorer import Scored
 
 
 @dataclass(frozen=True)
 class UnitTable:
-    """Units as every rank knows them, in the order of their positions; on the CPU.
-
-    `losses` are sums over a unit's labelled `tokens`, in nats. Where several micro-batches are decided together,
-    `micro_steps` numbers them and `micro_scores` are against the unit's own one. `stop`: some rank was asked to stop.
+    """Units as every rank knows them, in the order of their positions; on the CPU. Where several micro-batches are
+    decided together, `micro_steps` numbers them and `micro_scores` are against the unit's own one. `stop`: some rank
+    was asked to stop.
     """
 
     ranks: Tensor
@@ -29,13 +29,13 @@ class UnitTable:
     stop: bool
 
     @classmethod
-    def gather(cls, rank: int, scored: list[Scored], stop: bool) -> Self:
-        """From what each rank knows of its own units, by micro-batch. Collective: the one gather."""
+    def gather(cls, rank: int, scored: list[Scored], stop: bool, all_gather_rows: Callable[[Tensor], Tensor]) -> Self:
+        """From what each rank knows of its own units, by micro-batch. Collective: one call of `all_gather_rows`."""
         numbers = [torch.full_like(part.losses_U, index) for index, part in enumerate(scored)]
         columns = [[getattr(part, field.name) for part in scored] for field in fields(Scored)]
         own = [torch.cat(column).double() for column in (numbers, *columns)]
         alike = [torch.full_like(own[0], value) for value in (rank, stop)]
-        gathered = collectives.all_gather_rows(torch.stack([*own, *alike], dim=1)).cpu()
+        gathered = all_gather_rows(torch.stack([*own, *alike], dim=1)).cpu()
         in_order = gathered[gathered[:, 0].argsort(stable=True)]  # by micro-batch, then by rank
         micro_steps, positions, scores, micro_scores, losses, tokens, ranks, stops = in_order.T
         ranks, micro_steps, positions = ranks.long(), micro_steps.long(), positions.long()
@@ -54,25 +54,88 @@ class UnitTable:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What happened in an optimizer step."""
+class Decided:
+    """A global micro-batch of units, and what became of each."""
 
-    micro_batches: list[tuple[int, UnitTable, Decision]]
-    """First position, units and what was decided on them, of each global micro-batch."""
+    units: UnitTable
+    decision: Decision
+
+    @property
+    def kept_tokens(self) -> float:
+        """Sum of the weights of all labelled tokens."""
+        return float((self.decision.weights * self.units.tokens).sum())
+
+    @property
+    def loss(self) -> float:
+        """The weighted mean loss of a token, 0 where nothing is kept."""
+        kept = self.decision.weights > 0  # what is not finite is not
+        weights = self.decision.weights[kept]
+        tokens = float((weights * self.units.tokens[kept]).sum())
+        return float((weights * self.units.losses[kept]).sum()) / tokens if tokens else 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened in optimizer step `step` (from 1), the same on every rank but for `metadata` and `norms`."""
+
+    step: int
+    positions: list[int]
+    """First position in the sample order of each global micro-batch."""
+    micro_batches: list[Decided]
     gradient_norm: float | None
+    """Global, before clipping, where DeepSpeed knows it."""
     skipped: bool
     """DeepSpeed refused an update that was not finite."""
     disagreement: float | None
     """With `influence.scope: step`, the fraction of the units that their micro-batch alone would have decided
     differently."""
     audit: float | None
-    """`Step.audit`, where it was due."""
+    """Pearson's correlation of the scores with how much the units' losses fell, where it was due."""
+    norms: Mapping[str, Tensor]
+    """Root mean square norm of each layer's input, in the last scored forward of this rank, where it was due."""
+    metadata: Mapping[int, Any]
+    """What this rank's batches carried along, by position."""
+
+    @property
+    def loss(self) -> float:
+        """The mean over micro-batches of each one's weighted mean over its kept tokens, nats; before the step."""
+        return sum(part.loss for part in self.micro_batches) / len(self.micro_batches)
+
+    @property
+    def removed(self) -> int:
+        """Units of all ranks that got weight 0."""
+        return sum(int((part.decision.weights == 0).sum()) for part in self.micro_batches)
 
     @property
     def healthy(self) -> bool:
-        return not self.skipped and all(bool(units.finite.all()) for _, units, _ in self.micro_batches)
+        return not self.skipped and all(bool(part.units.finite.all()) for part in self.micro_batches)
 
     @property
     def stop(self) -> bool:
         """Some rank was asked to stop."""
-        return any(units.stop for _, units, _ in self.micro_batches)
+        return any(part.units.stop for part in self.micro_batches)
+
+    def table(self) -> pd.DataFrame:
+        """A row for every unit of all ranks, in the order of micro-batches and positions: `step, micro_step, rank,
+        position, tokens, loss` (mean over tokens), `score, weight, kept, reason, metadata` (None for other ranks')."""
+        parts = []
+        for number, part in enumerate(self.micro_batches):
+            units, weights = part.units, part.decision.weights.tolist()
+            parts.append(
+                pd.DataFrame(
+                    {
+                        "step": self.step,
+                        "micro_step": number,
+                        "rank": units.ranks.tolist(),
+                        "position": units.positions.tolist(),
+                        "tokens": units.tokens.long().tolist(),
+                        "loss": (units.losses / units.tokens.clamp(min=1)).tolist(),
+                        "score": units.scores.tolist(),
+                        "weight": weights,
+                        "kept": [weight > 0 for weight in weights],
+                        "reason": part.decision.reasons,
+                        "metadata": [self.metadata.get(position) for position in units.positions.tolist()],
+                    }
+                )
+            )
+        return pd.concat(parts, ignore_index=True)

@@ -8,16 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from pipeline.config.cli import to_yaml
 from pipeline.config.schema import Config
+from pipeline.config.timing import outermost
 from pipeline.data.samples import Samples
-from pipeline.influence.policy import Decision
 from pipeline.record import ledger
-from pipeline.record.outcome import Outcome, UnitTable
+from pipeline.record.outcome import Decided, Outcome
 from pipeline.record.tensorboard import TensorBoard
 
 
@@ -53,26 +52,19 @@ class Recorder:
         self._seconds: Counter[str] = Counter()
 
     def step(
-        self,
-        step: int,
-        outcome: Outcome,
-        sequences: int,
-        scalars: dict[str, float],
-        seconds: dict[str, float],
-        norms: dict[str, Tensor],
+        self, outcome: Outcome, sequences: int, scalars: Mapping[str, float], seconds: Mapping[str, float]
     ) -> None:
-        """Optimizer step `step`, of global micro-batches of `sequences` each: a ledger row for every unit; `scalars`,
-        `seconds` by part and `norms` of layer inputs for TensorBoard."""
+        """An optimizer step, of global micro-batches of `sequences` each: a ledger row for every unit; `scalars` and
+        `seconds` by part (`Stopwatch.read`) for TensorBoard."""
+        step = outcome.step
         parts = [
-            self._rows({"step": step, "micro_step": m, "position": position}, sequences, units, decision)
-            for m, (position, units, decision) in enumerate(outcome.micro_batches)
+            self._rows({"step": step, "micro_step": m, "position": position}, sequences, part)
+            for m, (position, part) in enumerate(zip(outcome.positions, outcome.micro_batches, strict=True))
         ]
         rows = pa.concat_tables(parts)
         self._ledger.append(rows)
         self._seconds.update(seconds)
-        rate = sum(rows["tokens"].to_pylist()) / seconds["step"]
-        losses = [_kept_loss(units, decision) for _, units, decision in outcome.micro_batches]
-        loss = sum(losses) / len(losses)
+        rate, loss = sum(rows["tokens"].to_pylist()) / seconds["step"], outcome.loss
         scoring = _scoring(seconds) / seconds["step"]
         self._board.scalars(
             {
@@ -88,21 +80,23 @@ class Recorder:
             self._board.scalars({"influence/scope_disagreement": outcome.disagreement}, step)
         if outcome.audit is not None:
             self._board.scalars({"influence/audit_pearson": outcome.audit}, step)
-        self._board.scalars({f"time/{part}": value for part, value in seconds.items()}, step)
+        self._board.scalars({f"time/{part.removeprefix('step/')}": value for part, value in seconds.items()}, step)
         detailed = step % self._observe.every_steps == 0
         self._board.influence(rows, step, histogram=detailed)
         if detailed:
-            self._board.scalars({f"layers/activation_norm/{name}": float(norm) for name, norm in norms.items()}, step)
+            self._board.scalars(
+                {f"layers/activation_norm/{name}": float(norm) for name, norm in outcome.norms.items()}, step
+            )
             if self._tokenizer:
                 self._board.removed_texts(rows, self._text_of, step)
         self._bar.set_postfix(loss=f"{loss:.3f}", removed=self._board.removed, tok_s=f"{rate:.0f}", refresh=False)
         self._bar.update()
 
-    def _rows(self, where: dict[str, int], size: int, table: UnitTable, decision: Decision) -> pa.Table:
+    def _rows(self, where: dict[str, int], size: int, part: Decided) -> pa.Table:
         """Ledger rows of the global micro-batch of `size` sequences at `where`: its step, micro_step and position."""
-        units = self._samples.units(where["position"], size)
+        units, table = self._samples.units(where["position"], size), part.units
         tokens = [int(count) for count in table.tokens.tolist()]
-        weights = decision.weights.tolist()
+        weights = part.decision.weights.tolist()
         return ledger.table(
             {
                 **where,
@@ -116,7 +110,7 @@ class Recorder:
                 "loss": [loss / max(count, 1) for loss, count in zip(table.losses.tolist(), tokens, strict=True)],
                 "score": table.scores.tolist(),
                 "kept": [weight > 0 for weight in weights],
-                "reason": decision.reasons,
+                "reason": part.decision.reasons,
                 "weight": weights,
             }
         )
@@ -141,16 +135,6 @@ class Recorder:
         return str(self._tokenizer.decode(self._samples.tokens_of(row["sample_id"], row["document_ids"])))
 
 
-def _kept_loss(units: UnitTable, decision: Decision) -> float:
-    """The weighted mean loss of a micro-batch, 0 where nothing is kept."""
-    kept = decision.weights > 0  # what is not finite is not
-    weights = decision.weights[kept]
-    tokens = float((weights * units.tokens[kept]).sum())
-    return float((weights * units.losses[kept]).sum()) / tokens if tokens else 0.0
-
-
 def _scoring(seconds: Mapping[str, float]) -> float:
-    """What scoring took: all named parts of a step. A forward for scoring alone has three of them inside."""
-    within = {"layer inputs", "logit gradient", "moments"} if "scoring forward" in seconds else set()
-    inside = {"step", "audit", *within}
-    return sum(value for part, value in seconds.items() if part not in inside)
+    """What scoring took: all named parts of a step but audits, each second once."""
+    return sum(value for part, value in outermost(seconds, "step").items() if part != "audit")

@@ -1,4 +1,4 @@
-"""`pipeline.train --dry_run`: a rehearsal of everything that a long run would find out too late. Nothing is kept."""
+"""`pipeline.train --dry_run`: all that a long run would find out too late, tried with two steps. Nothing is kept."""
 
 import gc
 import shutil
@@ -17,7 +17,7 @@ from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.checkpoints import find_checkpoint
 
 
-def rehearse(config: Config, train: Callable[..., object]) -> None:
+def dry_run(config: Config, train: Callable[..., object]) -> None:
     """Two steps of `train` at the real sizes on the real data, in a directory beside `run_dir`, with a checkpoint
     written after the first and read for the second; evaluation and export included. Prints what was found, removes it.
 
@@ -62,7 +62,7 @@ def _report(config: Config, place: Path, peaks: list[float], seconds: list[float
     data = load_report(config.data.prepared_dir)["train"]
     table = Table(title="dry run: nothing was trained", title_justify="left", show_header=False)
     for name, value in {
-        "ranks": f"{collectives.world_size()}, of one mind about config, code and versions",
+        "ranks": f"{collectives.world_size()}, with the same config, code and versions",
         "data": f"{data['sequences']:,} sequences, {data['tokens']:,} tokens, {data['documents']:,} documents",
         "memory": f"{max(peaks):.2f} GB at most on a rank, {min(peaks):.2f} at least",
         "checkpoint": f"{bytes_each / 1e9:.3f} GB, written, checked and read",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import Config
-from pipeline.data.batch import IGNORE, PADDING
+from pipeline.data.batch import IGNORE, PADDING, next_token_labels
 from pipeline.data.prepared import load_report, load_split
 from pipeline.engine import collectives, deepspeed_engine
 from pipeline.tasks.causal_lm import token_losses
@@ -48,9 +48,8 @@ def evaluate(
             changes_T = np.cumsum(np.diff(documents_T, prepend=documents_T[0]) != 0)
             padded = [number[name] for name in subsets] + [0]
             subsets_T[:] = np.take(padded, changes_T)
-        labels_BT = torch.full_like(ids_BT, IGNORE)
-        if mine:
-            labels_BT[:, :-1] = ids_BT[:, 1:].where(torch.from_numpy(documents_BT[:, 1:] != PADDING), IGNORE)
+        counted_BT = torch.from_numpy(documents_BT != PADDING) & bool(mine)
+        labels_BT = next_token_labels(ids_BT.where(counted_BT, IGNORE))
         subset_BT = torch.from_numpy(np.roll(subsets_BT, -1, axis=1)).to(device)
         ids_BT, labels_BT = ids_BT.to(device), labels_BT.to(device)
         losses_BT, _ = token_losses(logits_of(ids_BT), labels_BT)

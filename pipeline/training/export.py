@@ -10,10 +10,15 @@ from pipeline.engine import deepspeed_engine
 from pipeline.engine.checkpoints import Progress
 from pipeline.record import ledger, subset_rates
 from pipeline.record.recorder import Recorder
+from pipeline.training.influence_engine import InfluenceEngine
 
 
 def finish(
-    ds_engine: deepspeed_engine.DeepSpeedEngine, config: Config, progress: Progress, recorder: Recorder | None
+    ds_engine: deepspeed_engine.DeepSpeedEngine,
+    config: Config,
+    engine: InfluenceEngine,
+    progress: Progress,
+    recorder: Recorder | None,
 ) -> dict[str, Any] | None:
     """Write RUN_DIR/model, from any ZeRO stage, and RUN_DIR/summary.json; the summary, on rank 0. Collective."""
     weights = deepspeed_engine.full_state_dict(ds_engine)
@@ -25,10 +30,10 @@ def finish(
     units = ledger.counts_by_subset(ledger.read(run_dir))
     summary = {
         "run_dir": config.run_dir,
-        "steps": progress.step,
-        "sequences": progress.position,
+        "steps": engine.step,
+        "sequences": engine.position,
         "evaluation_before": progress.evaluations.get(0),
-        "evaluation_after": progress.evaluations.get(progress.step),
+        "evaluation_after": progress.evaluations.get(engine.step),
         "evaluations": progress.evaluations,
         "units_by_subset": units,
         "standing_out": subset_rates.standing_out(units),

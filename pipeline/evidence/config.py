@@ -1,0 +1,95 @@
+"""The keys of pipeline.fidelity, beside the run's."""
+
+from dataclasses import dataclass, field
+
+from pipeline.config.rules import at_least_one, not_negative
+from pipeline.config.schema import Config
+
+ESTIMATORS = (
+    "lai",
+    "lai/adam_ema",
+    "lai/adam_state",
+    "lli",
+    "lli/adam_ema",
+    "lli/adam_state",
+    "residual",
+    "residual/adam_state",
+    "residual_last_1",
+    "residual_last_1/adam_state",
+    "residual_last_2",
+    "residual_last_2/adam_state",
+    "ghost",
+    "ghost/adam_state",
+    "ip",
+    "ghost_flattened",
+    "lai_flattened",
+    "loss",
+    "logit_gradient_norm",
+    "random",
+)
+
+FLATTENED = ("ghost_flattened", "lai_flattened")
+"""Sequences as single vectors, as the authors' public code computes them: for comparison, not among the defaults."""
+DEFAULT = tuple(name for name in ESTIMATORS if name not in FLATTENED and not name.startswith("residual_last"))
+EXACT = "exact"
+REFERENCES = (EXACT, "ip", "ip_adam", "shapley_sgd", "shapley_adam", "shapley_adam_limit")
+
+
+@dataclass(frozen=True)
+class FidelityConfig:
+    batches: int = 4
+    """Batches per checkpoint, the same at each: what the run would have read next."""
+    batch_size: int = 16
+    """Sequences in a batch. The references keep that many gradients, 8 bytes a parameter each."""
+    references: list[str] = field(default_factory=lambda: ["ip", "ip_adam"])
+    """What scores are held against; the first is the figure's. ip: inner products of true gradients; ip_adam: the same
+    in the geometry of Adam's second moments; shapley_sgd, shapley_adam: Shapley values of one optimizer step;
+    shapley_adam_limit: of Adam's step at a vanishing learning rate, which needs no forwards; exact: sketched scores
+    against the same estimator's exact ones."""
+    shapley_batches: int = 1
+    """How many of the batches get shapley_sgd and shapley_adam, which take most of the time."""
+    permutations: int = 1000
+    """Most orders of joining that Shapley values are estimated from."""
+    standard_error: float = 0.02
+    """Stop before, once the largest standard error of a value is this fraction of the deviation between samples."""
+    estimators: list[str] = field(default_factory=lambda: list(DEFAULT))
+    """Estimators, `/` and a preconditioning where there is one. For comparison only: ip, the true
+    inner product; residual_last_1 and _2, exact feedback through that many last blocks and, for the word embedding, the
+    first; ghost_flattened and lai_flattened, whose sequences are single vectors of tokens x features;
+    logit_gradient_norm."""
+    exact: bool = True
+    """Also without the sketch: for lai one matrix of all input widths x vocabulary a sequence; not for large models."""
+    checkpoints: list[str] | None = None
+    """Names (`step-100`) of the run's checkpoints, or `start` for `model.name_or_path`. Default: all there are, or
+    `start` where there are none."""
+
+    def __post_init__(self) -> None:
+        at_least_one(
+            {
+                "fidelity.batches": self.batches,
+                "fidelity.batch_size": self.batch_size - 2,  # correlations need three
+                "fidelity.shapley_batches": self.shapley_batches,
+                "fidelity.permutations": self.permutations,
+            }
+        )
+        not_negative({"fidelity.standard_error": self.standard_error})
+        for name, values, known in (
+            ("estimators", self.estimators, ESTIMATORS),
+            ("references", self.references, REFERENCES),
+        ):
+            if unknown := [value for value in values if value not in known]:
+                raise ValueError(f"fidelity.{name}: '{unknown[0]}' is none of {', '.join(known)}")
+            if not values:
+                raise ValueError(f"fidelity.{name} is empty; name at least one of {', '.join(known)}")
+        if EXACT in self.references and not self.exact:
+            raise ValueError(
+                f"fidelity.references: '{EXACT}' holds sketches against exact scores: set fidelity.exact to true"
+            )
+
+
+@dataclass(frozen=True)
+class FidelityRun(Config):
+    """A run, and how its scores are measured."""
+
+    fidelity: FidelityConfig = field(default_factory=FidelityConfig)
+    """How `pipeline.fidelity` holds scores against what samples really do."""

@@ -1,0 +1,110 @@
+"""`lai` and `lli`: layer inputs with the logit gradient (Eq. 4 of arXiv 2510.16007); a forward, no backward."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pipeline.config.schema import InfluenceConfig
+from pipeline.config.timing import Stopwatch
+from pipeline.data.batch import Batch
+from pipeline.influence.adam import adam_factors
+from pipeline.influence.estimator import SampleGradients
+from pipeline.influence.layer_inputs import LayerInputs
+from pipeline.influence.scores import unit_sketches
+from pipeline.influence.sketch import CountSketch, hashed, seed_of
+from pipeline.models.layers import Layer, head_of, layers_of
+from pipeline.models.second_moments import SecondMoments
+
+
+class Lai:
+    """Sketches M_u = sum over t in u of h_t (outer) g_t: h_t the inputs of all linear layers, g_t = softmax - onehot
+    the logit gradient, which stands in for every layer's own output gradient (scores.py).
+
+    `adam_state`: inputs are scaled by the column factors of their own layer, g_t by the head's row factors
+    (`adam.adam_factors`).
+    """
+
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"adam_ema", "adam_state", "running", "validation", "document", "score_first", "threshold"}
+    )
+    because: ClassVar[Mapping[str, str]] = {}
+    after_backward: ClassVar[bool] = False
+
+    def __init__(
+        self, config: InfluenceConfig, model: PreTrainedModel, seed: int, device: torch.device, timed: Stopwatch
+    ) -> None:
+        self.head, layers, widths = head_of(model), self._layers(model), config.widths
+        self.inputs = LayerInputs(
+            layers, widths.input_width if widths else None, seed, device, lambda: timed("layer inputs")
+        )
+        self.logits: CountSketch | None = None
+        if widths and widths.logit_width < self.head.outputs:
+            self.logits = CountSketch(self.head.outputs, widths.logit_width, seed_of(seed, "logits"), device)
+        self.logit_scale_V: Tensor | None = None
+
+    @staticmethod
+    def _layers(model: PreTrainedModel) -> Mapping[str, Layer]:
+        return layers_of(model).linear
+
+    @property
+    def size(self) -> int:
+        width = self.inputs.width or sum(layer.inputs for layer in self.inputs.layers.values())
+        return width * (self.logits.width if self.logits else self.head.outputs)
+
+    def watch(self, batch: Batch, norms: bool = False) -> "LaiWatch":
+        return LaiWatch(self, batch, norms)
+
+    def precondition(self, second: SecondMoments) -> None:
+        for name, layer in self.inputs.layers.items():
+            output_scale, self.inputs.scales[name] = adam_factors(*layer.means(second.means))
+            if name == self.head.name:
+                self.logit_scale_V = output_scale
+
+    def learn(self, statistics_C: Tensor) -> None:
+        raise AssertionError("gathers no statistics")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Lli(Lai):
+    """The same with the LM head's input only."""
+
+    @staticmethod
+    def _layers(model: PreTrainedModel) -> Mapping[str, Layer]:
+        head = head_of(model)
+        return {head.name: head}
+
+
+class LaiWatch:
+    """One micro-batch."""
+
+    def __init__(self, how: Lai, batch: Batch, norms: bool) -> None:
+        self._how, self._batch, self._inputs = how, batch, how.inputs.watch(norms)
+
+    def __enter__(self) -> Self:
+        self._inputs.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._inputs.__exit__(*error)
+
+    @property
+    def norms(self) -> Mapping[str, Tensor]:
+        return self._inputs.norms
+
+    def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+        return hashed(self._how.logits, gradient_nV, self._how.logit_scale_V)
+
+    def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None: ...
+
+    def backward_to_inputs(self, losses_BT: Tensor) -> None: ...
+
+    def take(self, logit_sketch_NG: Tensor) -> SampleGradients:
+        sketches = unit_sketches(self._inputs.take(), logit_sketch_NG, self._batch.spans)
+        return SampleGradients(sketches.flatten(1), sketches.new_zeros(len(sketches), dtype=torch.float64))

@@ -1,0 +1,65 @@
+"""One micro-batch on its way through the model to its scorer: the calls, in their order, in one place."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from pipeline.config.timing import Stopwatch
+from pipeline.data.batch import Batch
+from pipeline.influence.scorer import Scorer
+from pipeline.tasks.causal_lm import Visitor, token_losses
+
+
+class MicroBatch:
+    """Watched from its forward on; dies once its scorer has taken it in.
+
+    watched = MicroBatch(scorer, batch, timed)
+    losses_BT = watched.forward(model)
+    watched.before_backward(...); backward       where scorer.after_backward
+    watched.add()
+    """
+
+    def __init__(self, scorer: Scorer, batch: Batch, timed: Stopwatch, norms: bool = False) -> None:
+        self._scorer, self._batch, self._timed = scorer, batch, timed
+        self._watch = scorer.watch(batch, norms)
+
+    def forward(self, model: Callable[..., Any]) -> Tensor:
+        """The loss of every position, (B, T), attached to the graph."""
+        with self._watch:
+            self._losses_BT, self._logit_sketch = forward_losses(model, self._batch, self._visitor())
+        return self._losses_BT
+
+    def before_backward(self, step_tokens: float | None) -> None:
+        """See `Watch.before_backward`."""
+        self._watch.before_backward(self._losses_BT, step_tokens)
+
+    def backward_to_inputs(self) -> None:
+        """See `Watch.backward_to_inputs`."""
+        self._watch.backward_to_inputs(self._losses_BT)
+
+    def add(self, losses_BT: Tensor | None = None) -> dict[str, Tensor]:
+        """Hand it to the scorer, with other losses than its forward's where these were of less; returns norms of the
+        layers' inputs, where they were asked for."""
+        recorded_BT = self._losses_BT if losses_BT is None else losses_BT
+        self._scorer.add(self._batch, self._watch, recorded_BT.detach(), self._logit_sketch)
+        return dict(self._watch.norms)
+
+    def _visitor(self) -> Visitor | None:
+        visit, timed = self._watch.visit, self._timed
+        if visit is None:
+            return None
+
+        def timed_visit(gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+            with timed("logit gradient"):
+                return visit(gradient_nV, labelled_n)
+
+        return timed_visit
+
+
+def forward_losses(
+    model: Callable[..., Any], batch: Batch, visit: Visitor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Loss of every position, and what `visit` keeps of the gradient at the logits."""
+    logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **batch.others).logits
+    return token_losses(logits_BTV, batch.labels_BT, visit)

@@ -1,0 +1,114 @@
+"""Which estimators there are, and which config goes with which."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pipeline.config.schema import Config, InfluenceConfig, PolicyConfig
+from pipeline.config.timing import Stopwatch
+from pipeline.influence.appendix_e import AppendixE
+from pipeline.influence.controls import Loss, Nothing, Random
+from pipeline.influence.estimator import Estimator, Scorable
+from pipeline.influence.ghost import Ghost
+from pipeline.influence.lai import Lai, Lli
+from pipeline.influence.reference import reference_of
+from pipeline.influence.residual import Residual
+from pipeline.influence.scorer import AllReduce, ControlScorer, SketchScorer
+
+ESTIMATORS: dict[str, type[Lai] | type[Residual] | type[Ghost]] = {
+    "lai": Lai,
+    "lli": Lli,
+    "residual": Residual,
+    "ghost": Ghost,
+}
+CONTROLS: dict[str, type[Loss] | type[Random] | type[Nothing]] = {"loss": Loss, "random": Random, "none": Nothing}
+
+
+def make(
+    config: InfluenceConfig, model: PreTrainedModel, seed: int, device: torch.device, timed: Stopwatch
+) -> Estimator:
+    """The estimator that `config` asks for. Raises ValueError where the model is none for it."""
+    estimator: Estimator = ESTIMATORS[config.estimator](config, model, seed, device, timed)
+    if config.precondition == "adam_ema":
+        assert isinstance(estimator, Lai)
+        return AppendixE(estimator, config.adam_decay, config.adam_power, device)
+    return estimator
+
+
+def scorer_of(
+    config: InfluenceConfig,
+    model: PreTrainedModel,
+    seed: int,
+    device: torch.device,
+    timed: Stopwatch,
+    all_reduce: AllReduce,
+) -> ControlScorer | SketchScorer:
+    """What training scores by. Raises ValueError where the model is none for the estimator."""
+    if config.estimator in CONTROLS:
+        return ControlScorer(CONTROLS[config.estimator](seed))
+    estimator, reference = make(config, model, seed, device, timed), reference_of(config, device)
+    return SketchScorer(config, estimator, reference, seed, device, timed, all_reduce)
+
+
+def owns_accumulation(influence: InfluenceConfig) -> bool:
+    """Whether the number of backwards in an optimizer step is ours: one more than planned to take out what was dropped,
+    or as many as what is kept needs. DeepSpeed must then be told: "managed_gradient_accumulation": false."""
+    return _kind(influence).after_backward or influence.passes == "score_first"
+
+
+def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, Any], audits: bool = False) -> None:
+    """Raises ValueError where estimator, reference, unit, passes, preconditioning, policy and DeepSpeed's `settings` do
+    not go together. `audits`: whether scores are to be audited."""
+    name, kind = influence.estimator, _kind(influence)
+    chosen: dict[str, tuple[str, str]] = {
+        "influence.precondition": (influence.precondition, "none"),
+        "influence.reference": (influence.reference, "batch"),
+        "influence.unit": (influence.unit, "sequence"),
+        "influence.passes": (influence.passes, "one"),
+    }
+    if policy.action == "drop":
+        chosen["policy.rule"] = (policy.rule, "rate")
+    for key, (value, usual) in chosen.items():
+        if value != usual and value not in kind.accepts:
+            why = f": {kind.because[value]}" if value in kind.because else ""
+            others = " or ".join(other for other, its in (ESTIMATORS | CONTROLS).items() if value in its.accepts)
+            raise ValueError(
+                f"{key} '{value}' is not for estimator '{name}'{why}. Set it to {usual}, or choose {others}"
+            )
+    optimizer = settings.get("optimizer", {}).get("type", "")
+    if influence.precondition == "adam_state" and optimizer.lower() not in ("adam", "adamw"):
+        raise ValueError(
+            f"influence.precondition 'adam_state' reads Adam's second moments; the DeepSpeed JSON has optimizer "
+            f"'{optimizer}'. Choose Adam or AdamW there, or another value"
+        )
+    if audits and (influence.reference == "validation" or name == "none"):
+        raise ValueError(
+            "observe.audit_every_steps compares scores with how the losses of the same units fell, which "
+            f"influence.reference '{influence.reference}' with estimator '{name}' says nothing about; leave it out"
+        )
+    if influence.passes == "score_first" and policy.action == "observe":
+        raise ValueError(
+            "influence.passes 'score_first' saves the training of what is dropped, and policy.action 'observe' drops "
+            "nothing; set passes to one"
+        )
+    zero = settings.get("zero_optimization", {})
+    if owns_accumulation(influence) and zero.get("stage", 0) == 1 and zero.get("overlap_comm"):
+        what = f"estimator '{name}'" if kind.after_backward else "influence.passes 'score_first'"
+        raise ValueError(
+            f"{what} owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 and 3 only: "
+            "set it to false in the DeepSpeed JSON"
+        )
+
+
+def check_config(config: Config, settings: dict[str, Any]) -> None:
+    """`check` of a run's config: the rules that the command line wants."""
+    audits = config.observe.audit_every_steps is not None
+    check(config.influence, config.policy, settings, audits)
+
+
+def _kind(influence: InfluenceConfig) -> type[Scorable]:
+    every: dict[str, type[Scorable]] = {**CONTROLS, **ESTIMATORS}
+    if influence.estimator not in every:
+        raise ValueError(f"influence.estimator: '{influence.estimator}' is none of {', '.join(every)}")
+    return every[influence.estimator]

@@ -1,0 +1,29 @@
+"""Decide in forwards without gradients, then train on what is kept only, shared out anew among the ranks."""
+
+from pipeline.data.batch import Batch
+from pipeline.engine import deepspeed_engine
+from pipeline.record.outcome import Decided
+from pipeline.training.exchange import exchange
+from pipeline.training.passes import Workshop
+
+
+class ScoreFirst:
+    """The gradient is `OnePass`'s: the mean over micro-batches of each one's mean over its kept tokens. The number of
+    backwards is what is kept needs, so the accumulation is ours."""
+
+    def __init__(self, workshop: Workshop) -> None:
+        self._workshop = workshop
+
+    def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Decided], float | None]:
+        shop = self._workshop
+        decided = shop.decide_without_gradients(step, batches)
+        weights, kept = [], []
+        for batch, part in zip(batches, decided, strict=True):
+            share_U = part.decision.weights / (part.kept_tokens or 1.0)
+            weights.append(batch.spread_over_tokens(share_U[part.units.ranks == shop.rank]))
+            kept += part.units.positions[part.decision.weights != 0].unique().tolist()
+        # Where nothing is kept anywhere, one backward still has to give the engine its zero gradient.
+        sequences = exchange(batches, weights, kept or decided[0].units.positions[:1].tolist())
+        all_finite = all(bool(part.units.finite.all()) for part in decided)
+        shop.backward_shared_out(sequences, 1.0, step, check=not all_finite)
+        return decided, deepspeed_engine.take_step(shop.ds_engine)
