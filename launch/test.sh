@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Install with the test extras and run the test suite. `--all` adds the slow markers (faults, multihost); other
-# arguments go to pytest.
+# Install with the test extras and run the test suite, two files at a time, each with a pair of ranks of its own. `--all`
+# adds the slow markers (faults, multihost); other arguments go to pytest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . launch/setup.sh "[test]"
@@ -11,4 +11,4 @@ if [ "${1:-}" = --all ]; then
   shift
 fi
 export OMP_NUM_THREADS=1
-exec python -m pytest "${select[@]}" "$@"
+exec python -m pytest -n 2 --dist loadfile "${select[@]}" "$@"

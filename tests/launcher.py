@@ -1,6 +1,7 @@
 """The real launchers, as a user calls them, from the project's root."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -18,11 +19,11 @@ def environment() -> dict[str, str]:
     return os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
-def deepspeed(module: str, config: Config, *options: str, port: int = 29600) -> subprocess.Popen[str]:
+def deepspeed(module: str, config: Config, *options: str, port: int | None = None) -> subprocess.Popen[str]:
     """`deepspeed --num_accelerators 2 --module MODULE --config FILE`, started in a process group of its own."""
     file = Path(f"{config.run_dir}.yaml")
     file.write_text(to_yaml(config))
-    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port), "--module", module]
+    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(port or free_port()), "--module", module]
     return subprocess.Popen(
         [*launcher, "--config", str(file), *options],
         cwd=ROOT,
@@ -32,6 +33,12 @@ def deepspeed(module: str, config: Config, *options: str, port: int = 29600) -> 
         text=True,
         start_new_session=True,
     )
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def rank_processes(run_dir: str | Path) -> list[int]:

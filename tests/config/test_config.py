@@ -1,12 +1,17 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
-from pipeline.config.cli import parse, to_dict, to_yaml
+from pipeline.config import cli
+from pipeline.config.cli import to_dict, to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
+from pipeline.cost.config import BenchmarkRun
+from pipeline.influence.table import check_config
+from pipeline.train import parse
 from tests.runs import ADAM, deepspeed_json
 
 ROOT = Path(__file__).parents[2]
@@ -61,32 +66,34 @@ def test_yaml_round_trip_gives_an_equal_config(options, tmp_path):
 def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options, tmp_path):
     (tmp_path / "c.yaml").write_text(to_yaml(parsed(options, seed=4)))
     config = parse(
-        "pipeline.train", ["--local_rank=1", "--config", str(tmp_path / "c.yaml"), "--influence.sketch.inputs=9"]
+        "pipeline.train", ["--local_rank=1", "--config", str(tmp_path / "c.yaml"), "--influence.sketch.input_width=9"]
     )
-    assert (config.seed, config.influence.sketch.inputs, config.influence.sketch.gradients) == (4, 9, 2048)
+    assert (config.seed, config.influence.sketch.input_width, config.influence.sketch.logit_width) == (4, 9, 2048)
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"influence__estimator": "ip"}, "influence.estimator: 'ip' takes a backward a sample"),
+        ({"influence__estimator": "ip"}, "'ip' is none of loss, random, none, lai, lli, residual, ghost"),
         ({"influence__reference": "validation"}, "needs data.reference_files, which is not set"),
         ({"influence__reference": "validation", "data__reference_files": "builtin"}, "holds out nothing"),
-        ({"influence__estimator": "random", "influence__reference": "running"}, "which compares with nothing"),
-        ({"influence__precondition": "adam_state"}, "has optimizer 'SGD'"),
-        ({"influence__estimator": "ghost", "influence__precondition": "adam_ema"}, "choose lai or lli"),
-        ({"influence__estimator": "ghost", "influence__unit": "document"}, "set it to sequence"),
-        ({"influence__layer_weights": "gains"}, "influence.layer_weights 'gains' reads Adam's second moments"),
         (
-            {"influence__estimator": "lli", "influence__layer_weights": "inverse_norm"},
-            "which estimator 'lli' does not use like this; set it to none, or choose lai or residual",
+            {"influence__estimator": "random", "influence__reference": "running"},
+            "is not for estimator 'random': it compares with nothing. Set it to batch",
         ),
-        ({"influence__layer_weights": "inverse_norm", "influence__precondition": "adam_ema"}, "set one of the two"),
-        ({"influence__layer_decay": 1.0}, "influence.layer_decay must lie in [0, 1)"),
+        ({"influence__precondition": "adam_state"}, "has optimizer 'SGD'"),
+        ({"influence__estimator": "ghost", "influence__precondition": "adam_ema"}, "or choose lai or lli"),
+        (
+            {"influence__estimator": "ghost", "influence__unit": "document"},
+            "of other documents too. Set it to sequence",
+        ),
         ({"influence__running_decay": 1.0}, "influence.running_decay must lie in [0, 1)"),
         ({"observe__audit_every_steps": 2, "influence__estimator": "none"}, "leave it out"),
-        ({"influence__passes": "score_first", "influence__estimator": "ghost"}, "by the training backward itself"),
-        ({"influence__passes": "score_first", "influence__estimator": "none"}, "scores nothing; set passes to one"),
+        (
+            {"influence__passes": "score_first", "influence__estimator": "ghost"},
+            "it scores by the training backward itself. Set it to one",
+        ),
+        ({"influence__passes": "score_first", "influence__estimator": "none"}, "it scores nothing. Set it to one"),
         ({"influence__passes": "score_first", "policy__action": "observe"}, "'observe' drops nothing; set passes"),
         ({"influence__estimator": "magic"}, "magic"),
         ({"influnce__estimator": "lai"}, "influnce.estimator"),
@@ -94,9 +101,9 @@ def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options,
         ({"policy__rule": "rate", "policy__rate": 0.8}, "above policy.max_drop_fraction"),
         (
             {"influence__estimator": "loss", "influence__precondition": "adam_ema"},
-            "which estimator 'loss' does not use",
+            "is not for estimator 'loss'. Set it to none",
         ),
-        ({"influence__estimator": "loss"}, "set policy.rule to rate"),
+        ({"influence__estimator": "loss"}, "its scores all have one sign. Set it to rate"),
         ({"data__sequence_length": 1}, "data.sequence_length is too small"),
         ({"seed": -1}, "seed must be 0 or more"),
         ({"data__seed": -1}, "data.seed must be 0 or more"),
@@ -112,6 +119,39 @@ def test_what_cannot_work_is_refused_by_name_before_anything_starts(options, cap
         parsed(options, **overrides)
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("influence.sketch.inputs", "is called influence.sketch.input_width"),
+        ("influence.sketch.gradients", "is called influence.sketch.logit_width"),
+        ("influence.sketch.layers", "is called influence.sketch.hidden_width"),
+        ("influence.layer_weights", "did not help"),
+    ],
+)
+@pytest.mark.parametrize("in_file", [False, True])
+def test_a_key_of_before_is_refused_with_what_became_of_it(options, tmp_path, capsys, key, message, in_file):
+    """On the command line as in a file."""
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    nested: Any = 9
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(nested))
+    arguments += [f"--config={tmp_path / 'old.yaml'}"] if in_file else [f"--{key}", "9"]
+    with pytest.raises(SystemExit) as stopped:
+        parse("pipeline.train", arguments)
+    assert stopped.value.code == 2
+    assert f"{key} " in (shown := capsys.readouterr().err)
+    assert message in shown
+
+
+def test_each_command_has_its_own_keys_beside_the_runs(options, capsys):
+    arguments = [f"--{name}={value}" for name, value in options.items()] + ["--benchmark.pairs", "3"]
+    assert cli.parse("pipeline.benchmark", arguments, BenchmarkRun).benchmark.pairs == 3
+    with pytest.raises(SystemExit):
+        parse("pipeline.train", arguments)
+    assert "benchmark.pairs" in capsys.readouterr().err
 
 
 def test_a_dataset_inside_the_run_directory_is_refused(options, capsys):
@@ -151,8 +191,11 @@ def test_schedule_length_auto_is_max_steps(options):
 @pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_shipped_config_is_accepted(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = parse("pipeline.train", ["--config", str(file)])
-    assert set(yaml.safe_load(file.read_text())) <= set(to_dict(config))
+    keys = set(yaml.safe_load(file.read_text()))
+    config = cli.parse("pipeline.benchmark", ["--config", str(file)], BenchmarkRun, check_config)
+    assert keys <= set(to_dict(config))
+    if "benchmark" not in keys:
+        assert parse("pipeline.train", ["--config", str(file)])
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)

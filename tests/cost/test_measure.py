@@ -9,20 +9,20 @@ import torch
 
 from pipeline.baselines.exact_ghost import ExactGhost, inner_products
 from pipeline.benchmark import run
-from pipeline.config.schema import Config, InfluenceConfig
 from pipeline.config.timing import Stopwatch
-from pipeline.cost import measure as measure_module
 from pipeline.cost import memory as memory_module
+from pipeline.cost.config import BenchmarkRun
 from pipeline.cost.measure import measure, variants
 from pipeline.cost.memory import PeakMemory, bytes_held
 from pipeline.cost.random_tokens import RandomTokens
-from pipeline.cost.tables import print_sweep, print_tables
+from pipeline.cost.tables import print_tables
 from pipeline.cost.work import Work
+from pipeline.influence.micro_batch import MicroBatch
 from pipeline.influence.sketch import CountSketch
-from pipeline.models.layers import linear_layers
 from pipeline.tasks.causal_lm import token_losses
 from tests.distributed import Ranks
 from tests.runs import ADAM, config_of, deepspeed_json
+from tests.seams import around_forward
 from tests.tiny_models import VOCABULARY, tiny
 
 CPU = torch.device("cpu")
@@ -37,16 +37,16 @@ def bench(
     accumulation: int = 1,
     sketch: bool = True,
     **options: Any,
-) -> Config:
+) -> BenchmarkRun:
     """The config of two measured rounds; of the corpus it names nothing exists."""
     settings = deepspeed_json(tmp_path / f"ds{micro}{accumulation}.json", stage, micro, accumulation, optimizer=ADAM)
-    widths = {"influence__sketch__inputs": 8, "influence__sketch__gradients": 32, "influence__sketch__layers": 4}
+    widths = {f"influence__sketch__{name}_width": size for name, size in {"input": 8, "logit": 32, "hidden": 4}.items()}
     options = {"benchmark__pairs": 2, "benchmark__warmup": 1} | (widths if sketch else {}) | options
-    return config_of(tmp_path / "none", tmp_path / "run", model, settings, **options)
+    return config_of(tmp_path / "none", tmp_path / "run", model, settings, kind=BenchmarkRun, **options)
 
 
 def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
-    (found, _), (other, _) = ranks(run, bench(tmp_path, tiny_model("gpt_neo")))
+    found, other = ranks(run, bench(tmp_path, tiny_model("gpt_neo")))
     assert json.loads((tmp_path / "run" / "benchmark.json").read_text()) == found
     top = {"step_time_ratio_median", "step_time_ratio_quartiles", "peak_memory_ratio", "bytes_per_micro_batch"}
     assert top <= found.keys()
@@ -59,7 +59,7 @@ def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
     assert {
         "layer inputs",
         "logit gradient",
-        "moments",
+        "gradient sketches",
         "reduce",
         "scores",
         "decide",
@@ -75,27 +75,22 @@ def test_two_ranks_write_what_lai_costs(ranks, tiny_model, tmp_path, capsys):
 def test_score_first_runs_half_the_backward_where_half_is_dropped(ranks, tiny_model, tmp_path):
     """Catches a backward of what was dropped, and a plain step that drops too."""
     half = {"policy__rule": "rate", "policy__rate": 0.5, "benchmark__pairs": 1, "influence__passes": "score_first"}
-    (found, _), _ = ranks(run, bench(tmp_path, tiny_model("gpt_neo"), **half))
+    found, _ = ranks(run, bench(tmp_path, tiny_model("gpt_neo"), **half))
     plain, scored = found["plain"]["gflop"], found["estimators"]["lai"]["gflop"]
     assert scored["backward"] == pytest.approx(plain["backward"] / 2)
     assert scored["forward"] == pytest.approx(1.5 * plain["forward"], rel=0.15)
 
 
-def seen(config: Config) -> list[tuple[list[int], int]]:
-    """Positions and tokens (their sum) of every batch of a run."""
-    batches = []
+def seen(config: BenchmarkRun) -> list[list[int]]:
+    """The tokens of every forward of a run."""
+    batches: list[list[int]] = []
 
-    class Watched(RandomTokens):
-        def batch_at(self, positions, device):
-            batch = super().batch_at(positions, device)
-            batches.append((positions, int(batch.input_ids_BT.sum())))
-            return batch
+    def see(arguments: dict[str, Any], output: Any) -> Any:
+        batches.append(arguments["input_ids"].flatten().tolist())
+        return output
 
-    original, measure_module.RandomTokens = measure_module.RandomTokens, Watched
-    try:
+    with around_forward(see):
         measure(config)
-    finally:
-        measure_module.RandomTokens = original
     return batches
 
 
@@ -105,11 +100,13 @@ def test_plain_and_scored_steps_see_the_same_tokens(ranks, tiny_model, tmp_path)
     first, second = ranks(seen, config)
     for own in (first, second):
         assert own[0::3] == own[1::3] == own[2::3]
-        assert len({tokens for _, tokens in own[0::3]}) == 9  # one warm-up, two measured, five for memory, one counted
-    assert {p for positions, _ in first for p in positions}.isdisjoint(p for positions, _ in second for p in positions)
+        assert (
+            len({tuple(tokens) for tokens in own[0::3]}) == 9
+        )  # one warm-up, two measured, five for memory, one counted
+    assert all(tokens not in second for tokens in first)
 
 
-def bytes_of_lai(config: Config) -> tuple[float, dict[str, int], dict[str, int]]:
+def bytes_of_lai(config: BenchmarkRun) -> tuple[float, dict[str, int], dict[str, int]]:
     found = measure(config)
     return found["bytes_per_micro_batch"], found["plain"]["wire_bytes"], found["estimators"]["lai"]["wire_bytes"]
 
@@ -188,52 +185,11 @@ def test_several_estimators_beside_the_same_plain_steps(ranks, tiny_model, tmp_p
     assert rows["ghost_exact"]["scoring_gflop"] > rows["ghost"]["scoring_gflop"] > 0
 
 
-def test_a_sweep_changes_one_size_at_a_time(ranks, tmp_path, capsys):
-    """Catches sizes that do not reach the model, and a factor 1 that is measured over and over."""
-    model = tmp_path / "model.json"
-    model.write_text(json.dumps({"model_type": "gpt_neo"} | tiny("gpt_neo").config.to_diff_dict()))
-    config = bench(tmp_path, model, benchmark__sweep="[1,2]", benchmark__pairs=1)
-    (_, rows), _ = ranks(run, config)
-    assert json.loads((tmp_path / "run" / "sweep.json").read_text()) == rows
-    *rows, two_ranks = rows
-    assert (two_ranks["dimension"], two_ranks["size"]) == ("ranks", 2)
-    assert (tmp_path / "run" / "sweep.png").read_bytes().startswith(b"\x89PNG")
-    assert [(row["dimension"], row["size"]) for row in rows[::2]] == [
-        ("tokens", 16), ("layers", 2), ("width", 16), ("vocabulary", 300), ("sketch", 32)
-    ]  # fmt: skip
-    assert [row["size"] for row in rows[1::2]] == [32, 4, 32, 600, 64]
-    base = rows[0]
-    assert all(row | {"dimension": 0, "size": 0} == base | {"dimension": 0, "size": 0} for row in rows[::2])
-    tokens, layers, width, vocabulary, sketch = rows[1::2]
-    assert [row["bytes_per_micro_batch"] / 1024 for row in rows[1::2]] == [1, 1, 1, 1, 4]
-    assert tokens["scoring_gflop"] == 2 * base["scoring_gflop"]
-    assert layers["scoring_gflop"] == width["scoring_gflop"] == vocabulary["scoring_gflop"] == base["scoring_gflop"]
-    assert sketch["scoring_gflop"] == 4 * base["scoring_gflop"]
-    assert base["parameters"] < vocabulary["parameters"] < layers["parameters"] < width["parameters"]
-    print_sweep([*rows, two_ranks])
-    shown = capsys.readouterr().out
-    assert "vocabulary" in shown
-    assert "…" not in shown
-
-
-def test_a_sweep_keeps_what_other_numbers_of_ranks_cost(ranks, tmp_path):
-    """Catches rows of another estimator or of as many ranks that stay."""
-    model = tmp_path / "model.json"
-    model.write_text(json.dumps({"model_type": "gpt_neo"} | tiny("gpt_neo").config.to_diff_dict()))
-    config = bench(tmp_path, model, benchmark__sweep="[1]", benchmark__pairs=1)
-    (_, rows), _ = ranks(run, config)
-    file = tmp_path / "run" / "sweep.json"
-    two, others = rows[-1], [{"size": 1}, {"size": 4}, {"size": 8, "estimator": "lli"}]
-    file.write_text(json.dumps([two, *(two | other for other in others)]))
-    (_, rows), _ = ranks(run, config)
-    assert [row["size"] for row in rows if row["dimension"] == "ranks"] == [2, 1, 4]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"benchmark__estimators": '["lia"]'}, "no estimator 'lia'"),
-        ({"benchmark__estimators": '["ghost/adam"]'}, "no precondition 'adam'"),
+        ({"benchmark__estimators": '["lia"]'}, "'lia' is none of"),
+        ({"benchmark__estimators": '["ghost/adam"]'}, "no 'adam'"),
         ({"benchmark__estimators": '["ghost/adam_ema"]'}, "adam_ema"),
         ({"influence__estimator": "none"}, "scores nothing"),
     ],
@@ -243,7 +199,7 @@ def test_what_cannot_be_measured_is_refused_by_name(tiny_model, tmp_path, option
         variants(bench(tmp_path, tiny_model("gpt_neo"), **options))
 
 
-def refusal(config: Config) -> str:
+def refusal(config: BenchmarkRun) -> str:
     with pytest.raises(ValueError, match=r".") as error:
         measure(config)
     return str(error.value)
@@ -266,17 +222,17 @@ def test_products_of_gradients_by_pairs_and_whole_are_the_same(tokens):
 
 def test_exact_ghost_is_the_inner_product_of_the_gradients_of_all_linear_layers():
     model = tiny("llama").double().train()
-    layers = linear_layers(model)
     batch = RandomTokens(VOCABULARY, LENGTH, 0).batch_at([0, 1, 2], CPU)
-    estimator = ExactGhost(InfluenceConfig(), layers, 0, CPU, Stopwatch(CPU))
     losses_BT, _ = token_losses(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT)
-    weights = [layer.weight for layer in layers.values()]
+    weights = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     rows = [torch.autograd.grad(losses_T.sum(), weights, retain_graph=True) for losses_T in losses_BT]
-    with estimator.capture():
-        losses_BT, _ = token_losses(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT)
+    scorer = ExactGhost(model, Stopwatch(CPU))
+    watched = MicroBatch(scorer, batch, Stopwatch(CPU))
+    losses_BT = watched.forward(model)
+    watched.before_backward(None)
     losses_BT.sum().backward()
-    estimator.add(batch, losses_BT.detach(), None)
-    [scored] = estimator.scores()
+    watched.add()
+    [scored] = scorer.scores()
     gradients_BP = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
     assert torch.allclose(scored.scores_U, gradients_BP @ gradients_BP.sum(0), rtol=1e-9)
     assert scored.tokens_U.tolist() == [LENGTH - 1] * 3

@@ -12,16 +12,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from pipeline import benchmark
 from pipeline.config.cli import to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import Config, InfluenceConfig, ModelConfig
-from pipeline.config.timing import Stopwatch
+from pipeline.config.schema import Config, ModelConfig
 from pipeline.cost.measure import measure
 from pipeline.cost.memory import PeakMemory
-from pipeline.cost.meta_step import META, Reckoning, micro_batch
+from pipeline.cost.meta_step import META, MetaStep, count
 from pipeline.cost.plan import Cluster, cluster_of, plain_wire, plan, sent, states
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import PHASES
 from pipeline.engine import collectives, deepspeed_engine
-from pipeline.influence.estimator import Estimator
+from pipeline.influence.controls import Nothing
+from pipeline.influence.scorer import ControlScorer
 from pipeline.models.load import load_model, model_without_weights
 from pipeline.tasks.causal_lm import token_losses
 from tests.cost.test_measure import LENGTH, bench
@@ -37,7 +37,7 @@ NAMES = ("none", "lai", "lli", "lai/adam_ema", "residual", "ghost", "ghost_exact
 @pytest.mark.parametrize(
     ("kind", "stage", "checkpointing"), [("gpt_neo", 1, False), ("llama", 3, True), ("gpt2", 0, False)]
 )
-def test_what_is_reckoned_is_what_real_steps_count(ranks, tiny_model, tmp_path, kind, stage, checkpointing):
+def test_what_is_counted_is_what_real_steps_count(ranks, tiny_model, tmp_path, kind, stage, checkpointing):
     """Catches attention by another formula, recomputation that ends too early, and scoring that differs from training's
     in any product, sketch or reduction."""
     config = bench(
@@ -89,11 +89,11 @@ def test_plain_training_hands_over_what_deepspeed_does(ranks, tiny_model, tmp_pa
         }
     Path(config.deepspeed_config).write_text(json.dumps(settings))
     (found, parameters), _ = ranks(plain_wire_of, config)
-    reckoned = plain_wire(parameters, replace(cluster_of(config), ranks=2))
+    counted = plain_wire(parameters, replace(cluster_of(config), ranks=2))
     # The table of units, eight numbers of 8 bytes and their count, is gathered every micro-batch.
     found["all_gather"] -= accumulation * (2 * 8 * 8 + 8)
-    assert reckoned.keys() == {kind for kind, size in found.items() if size > 16}
-    for kind, size in reckoned.items():
+    assert counted.keys() == {kind for kind, size in found.items() if size > 16}
+    for kind, size in counted.items():
         assert found[kind] == pytest.approx(size, rel=0.01), kind
 
 
@@ -126,7 +126,7 @@ def optimizer_bytes(config: Config) -> int:
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(0, False), (0, True), (1, False), (2, True), (3, False), (3, True)])
-def test_optimizers_keep_what_is_reckoned(ranks, tiny_model, tmp_path, stage, bf16):
+def test_optimizers_keep_what_is_counted(ranks, tiny_model, tmp_path, stage, bf16):
     """Catches float32 without the copy that ZeRO makes, and padding aside every byte of a rank's share."""
     model = tiny_model("llama")
     precision = {"bf16": {"enabled": True}} if bf16 else {}
@@ -173,14 +173,14 @@ def test_activations_are_what_a_real_forward_saves(kind, checkpointing):
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         losses_BT, _ = token_losses(model(input_ids=batch.input_ids_BT, use_cache=False).logits, batch.labels_BT)
     real = sum(storage.nbytes() for storage in saved.values()) + 4 * losses_BT.numel()
-    reckoned = plain_micro_batch(model.to(META)).activations
+    counted = plain_micro_batch(model.to(META)).activations
     # What is kept to recompute a block includes its arguments, masks and the like, which autograd does not save.
-    assert real <= reckoned <= (1.06 if checkpointing else 1) * real
+    assert real <= counted <= (1.06 if checkpointing else 1) * real
 
 
 def plain_micro_batch(model: Any):
-    estimator = Estimator(InfluenceConfig(estimator="none"), model, 0, META, Stopwatch(CPU))
-    return micro_batch(model, RandomTokens(VOCABULARY, LENGTH, 0).batch_at([0, 1], META), estimator)
+    batch = RandomTokens(VOCABULARY, LENGTH, 0).batch_at([0, 1], META)
+    return count(model, batch, ControlScorer(Nothing(0)))
 
 
 def test_recomputing_keeps_less_and_computes_more():
@@ -199,7 +199,7 @@ def test_what_is_alive_is_counted_as_it_comes_and_goes():
     layers = [torch.nn.Linear(8, 8), torch.nn.GELU()]
     model = torch.nn.Sequential(*layers, torch.nn.Linear(8, 8)).to(META)
     x_ND = torch.empty(10, 8, device=META)
-    with Reckoning(model) as work:
+    with MetaStep(model) as work:
         y_ND = model(x_ND)
         assert work.live == 3 * 320
         y_ND.view(80).view(8, 10).add_(1)
@@ -260,7 +260,7 @@ def test_70b_takes_next_to_no_memory(tmp_path):
 
 
 def test_125m_costs_what_was_measured(tmp_path):
-    """Two ranks, ZeRO-1, float32, 1 x 1,024 tokens, on CPUs: 1.0025 and 4.2 MB, 1.0034 and 1.0 MB (README)."""
+    """Two ranks, ZeRO-1, float32, 1 x 1,024 tokens, on CPUs: 1.0025 and 4.2 MB, 1.0034 and 1.0 MB (cost/README.md)."""
     settings = deepspeed_json(tmp_path / "ds.json", 1, 1, optimizer=ADAM)
     options = {"data__sequence_length": 1024, "benchmark__ranks": 2, "benchmark__estimators": '["lai","ghost"]'}
     config = replace(
@@ -334,7 +334,7 @@ def test_adam_states_reading_is_shared_out(tiny_model, tmp_path):
         ({"influence__estimator": "none"}, "scores nothing"),
     ],
 )
-def test_what_cannot_be_reckoned_is_refused(tiny_model, tmp_path, options, message):
+def test_what_cannot_be_counted_is_refused(tiny_model, tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         plan(bench(tmp_path, tiny_model("gpt_neo"), **options))
 

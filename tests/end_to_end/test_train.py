@@ -1,28 +1,35 @@
 """The main job on two real gloo ranks, against one process that nothing has partitioned."""
 
+import math
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM
 
-from pipeline import train as train_module
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
+from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE
-from pipeline.data.prepared import load_split
+from pipeline.data.prepared import ensure_prepared, load_split
 from pipeline.data.samples import Samples
-from pipeline.engine import deepspeed_engine
-from pipeline.influence import estimator as estimator_module
+from pipeline.engine import collectives, deepspeed_engine
+from pipeline.influence.reference import OfBatch
+from pipeline.influence.scorer import SketchScorer
+from pipeline.influence.table import make
 from pipeline.models.load import load_model
 from pipeline.record import ledger
-from pipeline.training import step as step_module
+from pipeline.training.influence_engine import InfluenceEngine
 from tests.reference.influence import token_pair_scores
 from tests.runs import ADAM, LEARNING_RATE, config_of, deepspeed_json, largest_difference, run, weights
+from tests.seams import before_backward, on_rank
 
 CPU = torch.device("cpu")
 
@@ -38,7 +45,7 @@ def close_to_largest(got: Any, expected: Any, tolerance: float = 1e-4) -> bool:
 def test_exact_scores_in_the_ledger_are_eq_4_over_token_pairs(
     ranks, corpus, tiny_model, tmp_path, kind, estimator, include_self
 ):
-    """Catches a local instead of a global batch, a hook that ZeRO-3 blinds, and a wrong sign, shift or own term."""
+    """Catches a local for a global batch, a hook that ZeRO-3 blinds, and a wrong sign, shift or self-influence."""
     config = config_of(
         corpus,
         tmp_path / "run",
@@ -367,22 +374,15 @@ def test_bfloat16_trains_and_scores_close_to_float32(ranks, corpus, tiny_model, 
 
 def run_with_overflow(config: Config, at_step: int) -> None:
     """The main job with an infinite gradient on rank 1, behind a finite loss, at one step."""
-    calls = 0
+    calls: list[int] = []
 
-    def weighted_mean(*args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        loss = original(*args)
-        if calls == at_step and torch.distributed.get_rank() == 1:
+    def overflow(loss: torch.Tensor) -> None:
+        calls.append(1)
+        if len(calls) == at_step and on_rank(1):
             loss.register_hook(lambda gradient: gradient * torch.inf)
-        return loss
 
-    original = step_module.weighted_mean
-    step_module.weighted_mean = weighted_mean
-    try:
+    with before_backward(overflow):
         run(config)
-    finally:
-        step_module.weighted_mean = original
 
 
 @pytest.mark.parametrize(("stage", "bf16"), [(1, True), (2, True), (3, True), (2, False), (3, False)])
@@ -429,23 +429,30 @@ def test_a_gradient_that_is_not_finite_at_zero_0_ends_the_run_before_it_is_appli
 def run_that_dies_before_publishing(config: Config, at: str) -> None:
     """The main job, ended on all ranks after every part of checkpoint `at` was written and before it is the newest."""
 
-    def save_checkpoint(ds_engine: Any, checkpoint: Path, state: dict[str, Any]) -> None:
-        save(ds_engine, checkpoint, state)
-        if checkpoint.name == at and torch.distributed.get_rank() != 0:
+    def replace_file(source: Any, target: Any) -> None:
+        if Path(target).match(f"{at}/manifest.json"):
+            raise KeyboardInterrupt
+        os_replace(source, target)
+
+    saved: list[str] = []
+
+    def save(self: Any, *args: Any, tag: str, **kwargs: Any) -> Any:
+        done = real_save(self, *args, tag=tag, **kwargs)
+        saved.append(tag)
+        return done
+
+    def barrier(*args: Any, **kwargs: Any) -> None:
+        real_barrier(*args, **kwargs)
+        if at in saved and not on_rank(0):
             raise KeyboardInterrupt
 
-    def publish(checkpoint: Path, *args: Any) -> None:
-        if checkpoint.name == at:
-            raise KeyboardInterrupt
-        real_publish(checkpoint, *args)
-
-    save, real_publish = deepspeed_engine.save_checkpoint, train_module.publish
-    deepspeed_engine.save_checkpoint, train_module.publish = save_checkpoint, publish
+    os_replace, real_save, real_barrier = os.replace, DeepSpeedEngine.save_checkpoint, torch.distributed.barrier
+    os.replace, DeepSpeedEngine.save_checkpoint, torch.distributed.barrier = replace_file, save, barrier
     try:
         with pytest.raises(KeyboardInterrupt):
             run(config)
     finally:
-        deepspeed_engine.save_checkpoint, train_module.publish = save, real_publish
+        os.replace, DeepSpeedEngine.save_checkpoint, torch.distributed.barrier = os_replace, real_save, real_barrier
 
 
 def test_no_row_is_lost_or_repeated_when_a_run_dies_while_it_publishes_a_checkpoint(
@@ -509,42 +516,46 @@ def test_a_sample_that_is_not_finite_counts_for_nothing_and_the_others_train_on(
         torch.testing.assert_close(after[name], expected, rtol=0, atol=1e-5, equal_nan=True)
 
 
-def run_with_an_infinite_score(config: Config) -> None:
-    """The main job, in which the first unit of rank 1 has an infinite score and a finite loss, once."""
-    calls = 0
+class OnceInfinite(SketchScorer):
+    """On rank 1 the first unit of the first micro-batch has an infinite sketch, behind a finite loss."""
 
-    def unit_moments(*args: Any) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        moments = original(*args)
-        if calls == 1 and torch.distributed.get_rank() == 1:
-            moments[0, 0, 0] = torch.inf
-        return moments
+    broken = False
 
-    original = estimator_module.unit_moments
-    estimator_module.unit_moments = unit_moments
-    try:
-        run(config)
-    finally:
-        estimator_module.unit_moments = original
+    def add(self, batch: Any, watch: Any, losses_BT: Any, logit_sketch_NG: Any) -> None:
+        if not OnceInfinite.broken and on_rank(1):
+            logit_sketch_NG[0] = torch.inf
+        OnceInfinite.broken = True
+        super().add(batch, watch, losses_BT, logit_sketch_NG)
+
+
+def steps_of(config: Config, scorer: type[SketchScorer]) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """The rows of a run's steps with such a scorer, and the weights after them."""
+    ensure_prepared(config)
+    settings = read_deepspeed_config(config)
+    ds_engine = deepspeed_engine.initialize(load_model(config.model, config.seed, settings), settings)
+    influence, timed = config.influence, Stopwatch(CPU)
+    estimator = make(influence, ds_engine.module, config.seed, CPU, timed)
+    scores = scorer(influence, estimator, OfBatch(), config.seed, CPU, timed, collectives.all_reduce_sum)
+    engine = InfluenceEngine(ds_engine, influence, config.policy, config.seed, scorer=scores)
+    samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, "sequence")
+    where = (collectives.rank(), collectives.world_size(), engine.size, engine.accumulation, CPU)
+    rows = []
+    for _ in range(config.max_steps):
+        rows += engine.train_step(samples.micro_batches(engine.position, *where)).table().to_dict("records")
+    return rows, {name: parameter.detach().clone() for name, parameter in ds_engine.module.named_parameters()}
 
 
 def test_one_infinite_score_is_left_out_and_spoils_no_other(ranks, corpus, tiny_model, tmp_path):
-    """Catches an infinite moment in everybody's reference."""
+    """Catches an infinite sketch in everybody's reference."""
     options = {"max_steps": 2, "policy__action": "observe"}
-    deepspeed = deepspeed_json(tmp_path / "ds.json")
-    ranks(run, config_of(corpus, tmp_path / "sound", tiny_model("llama"), deepspeed, **options))
-    config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed, **options)
-    ranks(run_with_an_infinite_score, config)
-    rows, sound = (ledger.read(tmp_path / name).to_pylist() for name in ("run", "sound"))
+    config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed_json(tmp_path / "ds.json"), **options)
+    sound, _ = ranks(steps_of, config, SketchScorer)[0]
+    rows, after = ranks(steps_of, config, OnceInfinite)[0]
     assert [row["reason"] for row in rows[:4]] == ["", "", "non_finite", ""]
     assert [row["kept"] for row in rows] == [True, True, False, True, True, True, True, True]
-    assert all(row["score"] is not None for index, row in enumerate(rows) if index != 2)
+    assert all(math.isfinite(row["score"]) for index, row in enumerate(rows) if index != 2)
     assert rows[0]["score"] != sound[0]["score"]
-    assert (
-        largest_difference(plain_training(config, ledger.read(tmp_path / "run"), 1), weights(tmp_path / "run/model"))
-        < 1e-5
-    )
+    assert largest_difference(plain_training(config, pa.Table.from_pylist(rows), 1), after) < 1e-5
 
 
 def test_broken_weights_stop_all_ranks_with_one_message(ranks, corpus, tiny_model, tmp_path):

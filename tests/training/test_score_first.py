@@ -15,8 +15,8 @@ from pipeline.data.prepared import load_split
 from pipeline.data.samples import Samples
 from pipeline.record import ledger
 from pipeline.train import train
-from pipeline.training import step as step_module
 from tests.runs import config_of, deepspeed_json, largest_difference, run, weights
+from tests.seams import around_forward
 
 DROP_HALF = {"policy__rule": "rate", "policy__rate": 0.5, "influence__include_self": False}
 
@@ -35,14 +35,16 @@ def score_first(corpus, tiny_model, tmp_path) -> Callable[..., Config]:
 
 
 def trained_rows(config: Config) -> list[int]:
-    """How many sequences each backward of a rank had."""
-    rows = []
-    original = step_module.weighted_mean
-    step_module.weighted_mean = lambda losses_BT, *rest: (rows.append(len(losses_BT)), original(losses_BT, *rest))[1]
-    try:
+    """How many sequences each forward with gradients had."""
+    rows: list[int] = []
+
+    def count(arguments: dict[str, Any], output: Any) -> Any:
+        if output.logits.requires_grad:
+            rows.append(len(arguments["input_ids"]))
+        return output
+
+    with around_forward(count):
         train(config)
-    finally:
-        step_module.weighted_mean = original
     return rows
 
 

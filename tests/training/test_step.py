@@ -13,17 +13,20 @@ from transformers import AutoModelForCausalLM
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
 from pipeline.data.batch import IGNORE, Batch
-from pipeline.data.prepared import load_split
+from pipeline.data.prepared import ensure_prepared, load_split
 from pipeline.data.samples import Samples
-from pipeline.influence import estimator as estimator_module
+from pipeline.engine.adam_state import second_moments
+from pipeline.engine.deepspeed_engine import initialize
+from pipeline.models.dropout import refuse_dropout
 from pipeline.models.load import load_model
 from pipeline.models.second_moments import SecondMoments
 from pipeline.record import ledger
 from pipeline.tasks.causal_lm import token_losses
 from pipeline.train import train
-from pipeline.training import step as step_module
+from pipeline.training.influence_engine import InfluenceEngine
 from tests.reference.influence import token_pair_moments
 from tests.runs import ADAM, LEARNING_RATE, config_of, deepspeed_json, ghost_scores, largest_difference, run, weights
+from tests.seams import around_forward, before_backward, on_rank
 
 CPU = torch.device("cpu")
 BF16 = {"bf16": {"enabled": True}}
@@ -97,14 +100,10 @@ def test_reweighting_after_the_backward(ranks, corpus, tiny_model, tmp_path, sta
 
 def count_backwards(config: Config) -> int:
     """How many backwards a rank runs."""
-    calls = []
-    original = step_module.weighted_mean
-    step_module.weighted_mean = lambda *args: (calls.append(1), original(*args))[1]
-    try:
+    losses: list[Tensor] = []
+    with before_backward(losses.append):
         train(config)
-    finally:
-        step_module.weighted_mean = original
-    return len(calls)
+    return len(losses)
 
 
 def test_nobody_pays_for_a_correction_where_nothing_is_flagged(ranks, corpus, tiny_model, tmp_path):
@@ -153,21 +152,18 @@ def test_ghost_scores_in_the_ledger_are_inner_products_of_true_gradients(
         assert close_to_largest(part, (pairs - pairs.diag().diag()).sum(1))
 
 
-def moments_of(config: Config) -> dict[str, tuple[Tensor, Tensor]]:
-    """What a rank reads from its engine after the run's steps."""
-    found = {}
-    original = estimator_module.Estimator.precondition
-
-    def precondition(self: Any, second: Any) -> None:
-        found.update(second.means)
-        original(self, second)
-
-    estimator_module.Estimator.precondition = precondition
-    try:
-        train(config)
-    finally:
-        estimator_module.Estimator.precondition = original
-    return found
+def moments_after(config: Config, steps: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """What a rank reads from its engine after so many steps."""
+    ensure_prepared(config)
+    settings = read_deepspeed_config(config) | {"managed_gradient_accumulation": False}
+    ds_engine = initialize(load_model(config.model, config.seed, settings), settings)
+    engine = InfluenceEngine(ds_engine, config.influence, config.policy, config.seed)
+    where = (torch.distributed.get_rank(), 2, engine.size, engine.accumulation, CPU)
+    for _ in range(steps):
+        engine.train_step(samples_of(config).micro_batches(engine.position, *where))
+    second = second_moments(ds_engine)
+    assert second is not None
+    return dict(second.means)
 
 
 @pytest.mark.parametrize(
@@ -190,12 +186,10 @@ def test_second_moments_are_those_of_one_processs_adam(
         tiny_model(kind),
         stage,
         **{"optimizer": ADAM} | precision,
-        max_steps=4,
         influence__precondition="adam_state",
-        influence__adam_every_steps=3,
         policy__action="observe",
     )
-    found, other = ranks(moments_of, config)
+    found, other = ranks(moments_after, config, 3)
     model = AutoModelForCausalLM.from_pretrained(tiny_model(kind), dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95))
     for step in range(3):
@@ -444,21 +438,19 @@ def test_a_sample_that_is_not_finite_is_kept_out_of_the_backward(ranks, corpus, 
 
 
 def run_with_a_nan(config: Config) -> None:
-    """Rank 1's first forward gives one position of its first sequence a loss that is no number."""
-    original, calls = step_module.token_losses, []
+    """Rank 1's first forward gives one position of its first sequence logits that are no numbers."""
+    calls: list[int] = []
 
-    def token_losses_once_broken(logits: Tensor, labels: Tensor, visit: Any = None) -> tuple[Tensor, Tensor | None]:
-        losses, feedback = original(logits, labels, visit)
+    def break_once(_: Any, output: Any) -> Any:
         calls.append(1)
-        if len(calls) == 1 and torch.distributed.get_rank() == 1:
-            losses = losses + torch.zeros_like(losses).index_fill(0, torch.tensor([0]), torch.nan)
-        return losses, feedback
+        if len(calls) == 1 and on_rank(1):
+            first_BT1 = torch.zeros_like(output.logits[..., :1])
+            first_BT1[0] = torch.nan
+            output.logits = output.logits + first_BT1
+        return output
 
-    step_module.token_losses = token_losses_once_broken
-    try:
+    with around_forward(break_once):
         train(config)
-    finally:
-        step_module.token_losses = original
 
 
 def test_bf16_drops_and_comes_near_plain_autograd(ranks, corpus, tiny_model, tmp_path):
@@ -484,10 +476,5 @@ def test_dropout_is_refused_by_name(corpus, tiny_model, tmp_path):
     config = ghost(corpus, tmp_path, tiny_model("gpt_neo_with_dropout"), 0)
     model = load_model(config.model, config.seed)
     with pytest.raises(ValueError, match=r"resid_dropout.*config.json"):
-        step_module._refuse_dropout(model)
-    step_module._refuse_dropout(load_model(ghost(corpus, tmp_path, tiny_model("llama"), 0).model, 0))
-
-
-def test_deepspeed_is_told_who_owns_the_accumulation(corpus, tiny_model, tmp_path):
-    config = ghost(corpus, tmp_path, tiny_model("llama"), 1)
-    assert read_deepspeed_config(config)["managed_gradient_accumulation"] is False
+        refuse_dropout(model)
+    refuse_dropout(load_model(ghost(corpus, tmp_path, tiny_model("llama"), 0).model, 0))
