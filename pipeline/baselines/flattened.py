@@ -35,7 +35,7 @@ def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
 
     layers = layers_of(model)
     with hooks(after=[(layer.module, partial(read, name)) for name, layer in layers.linear.items()]):
-        forward_losses(model, batch)[0].sum().backward()
+        forward_losses(model, batch).sum().backward()
     model.zero_grad()
     feedback = gradients[layers.head.name]
     return {

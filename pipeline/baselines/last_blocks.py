@@ -46,7 +46,7 @@ def partial_backward_gram(model: PreTrainedModel, batch: Batch, last: int, means
         before=[(block, lambda args: streams.append(args[0])) for block in stack],
         after=[(layer.module, partial(passed, name)) for name, layer in layers.items()],
     ):
-        losses_BT, _ = forward_losses(model, batch)
+        losses_BT = forward_losses(model, batch)
     exact = [name for name, layer in layers.items() if id(layer.module) in deep or name == head]
     first = max(len(stack) - last, 0)
     wanted = [streams[first], *(outputs[name] for name in exact)]

@@ -36,6 +36,9 @@ class Watch(Protocol):
 
     def __exit__(self, *error: Any) -> None: ...
 
+    def before_losses(self, logits_BTV: Tensor) -> None:
+        """With what the forward ended in, inside the `with`, before `visit`."""
+
     def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None:
         """With the losses that a backward is to start from, for estimators that score after it. `step_tokens`: all
         labelled tokens of the optimizer step that it is part of; None where it only gives a reference."""

@@ -18,6 +18,7 @@ from pipeline.influence.adam import adam_factors, saturation
 from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.hooks import hooks
 from pipeline.influence.sketch import CountSketch, hashed, seed_of
+from pipeline.models.heads import LogitPath, logit_path
 from pipeline.models.layers import Layer, layers_of
 from pipeline.models.second_moments import SecondMoments
 
@@ -86,6 +87,9 @@ class Ghost:
         found, chosen = layers_of(model), config.widths
         self.timed = timed
         self.saturates = config.include_self
+        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.path: LogitPath | None = None
+        """From the head's output to the logits: known after the first forward."""
         self.head, self.words, self.linear = found.head, found.words, found.linear
         self.weights: dict[str, Weight] = {}
         self.newest = 0.0
@@ -152,6 +156,8 @@ class GhostWatch:
         self._factor: Tensor | None = None
         self._sketches: Tensor | None = None
         self._head_inputs: Tensor | None = None
+        self._head_output: Tensor | None = None
+        self._tokens = 0
         self._embedded: Tensor | None = None
         self._embedded_rows: tuple[Tensor, Tensor] | None = None
 
@@ -164,8 +170,18 @@ class GhostWatch:
     def __exit__(self, *error: Any) -> None:
         self._hooks.__exit__(*error)
 
+    def before_losses(self, logits_BTV: Tensor) -> None:
+        assert self._head_output is not None, "the head was not called inside the `with`"
+        self._logits_NV = logits_BTV.detach().flatten(0, -2)
+        if self._how.path is None:
+            self._how.path = logit_path(self._head_output.flatten(0, -2), self._logits_NV, self._how.cap)
+        self._head_output = None
+
     def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
-        return self._how.weights[self._how.head.weight].sketch_outputs(gradient_nV)
+        assert self._how.path is not None
+        first, self._tokens = self._tokens, self._tokens + len(gradient_nV)
+        output_nV = self._how.path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
+        return self._how.weights[self._how.head.weight].sketch_outputs(output_nV)
 
     def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None:
         self._losses_BT, self._step_tokens = losses_BT.detach(), step_tokens
@@ -184,6 +200,7 @@ class GhostWatch:
         assert self._head_inputs is not None
         saturation_U = self._saturation()
         self._add(sketches, self._how.weights[self._how.head.weight], self._head_inputs, logit_sketch_NG)
+        del self._logits_NV
         return SampleGradients(sketches, saturation_U)
 
     def _saturation(self) -> Tensor:
@@ -206,6 +223,9 @@ class GhostWatch:
         labelled_N = batch.labels_BT.flatten() != IGNORE
         labels_N = batch.labels_BT.flatten().where(labelled_N, 0)
         feedback_N = torch.expm1(-losses_BT.flatten()).where(labelled_N, 0.0)
+        assert how.path is not None
+        own_N1 = self._logits_NV.gather(1, labels_N[:, None])
+        feedback_N = how.path.to_output(feedback_N[:, None], own_N1)[:, 0]
         parts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         parts[how.head.weight].append((labels_N, self._head_inputs * feedback_N[:, None]))
         parts[how.words.weight].append(self._embedded_rows)
@@ -235,7 +255,7 @@ class GhostWatch:
         with self._how.timed("layer gradients"):
             sketched_NK = self._how.weights[layer.weight].sketch_inputs(layer.input_rows(args))
         if layer.name == self._how.head.name:
-            self._head_inputs = sketched_NK
+            self._head_inputs, self._head_output = sketched_NK, output.detach()
         elif output.requires_grad:
             output.register_hook(partial(self._came_back, layer, sketched_NK))
 
@@ -261,7 +281,7 @@ class GhostWatch:
             return
         with self._how.timed("layer gradients"):
             weight = self._how.weights[self._how.words.weight]
-            rows_NK = weight.sketch_inputs(self._how.words.output_rows(gradient)) / self._factor
+            rows_NK = weight.sketch_inputs(self._how.words.row_gradients(words_N, gradient)) / self._factor
             self._embedded_rows = words_N, rows_NK
             columns_N, signs_N = weight.outputs.of(words_N) if weight.outputs else (words_N, None)
             scale_N = weight.output_scale_O[words_N] if weight.output_scale_O is not None else None

@@ -27,7 +27,9 @@ class MicroBatch:
     def forward(self, model: Callable[..., Any]) -> Tensor:
         """The loss of every position, (B, T), attached to the graph."""
         with self._watch:
-            self._losses_BT, self._logit_sketch = forward_losses(model, self._batch, self._visitor())
+            logits_BTV = forward_logits(model, self._batch)
+            self._watch.before_losses(logits_BTV)
+            self._losses_BT, self._logit_sketch = token_losses(logits_BTV, self._batch.labels_BT, self._visitor())
         return self._losses_BT
 
     def before_backward(self, step_tokens: float | None) -> None:
@@ -57,9 +59,11 @@ class MicroBatch:
         return timed_visit
 
 
-def forward_losses(
-    model: Callable[..., Any], batch: Batch, visit: Visitor | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Loss of every position, and what `visit` keeps of the gradient at the logits."""
-    logits_BTV = model(input_ids=batch.input_ids_BT, use_cache=False, **batch.others).logits
-    return token_losses(logits_BTV, batch.labels_BT, visit)
+def forward_logits(model: Callable[..., Any], batch: Batch) -> Tensor:
+    """The logits of every position, (B, T, V)."""
+    return model(input_ids=batch.input_ids_BT, use_cache=False, **batch.others).logits
+
+
+def forward_losses(model: Callable[..., Any], batch: Batch) -> Tensor:
+    """The loss of every position of a forward that nobody watches, (B, T)."""
+    return token_losses(forward_logits(model, batch), batch.labels_BT)[0]

@@ -17,7 +17,7 @@ from pipeline.influence.hooks import hooks
 from pipeline.influence.layer_inputs import LayerInputs
 from pipeline.influence.scores import unit_sketches
 from pipeline.influence.sketch import CountSketch, hashed, seed_of
-from pipeline.models.heads import final_norm
+from pipeline.models.heads import LogitPath, NormRule, final_norm, logit_path, norm_rule
 from pipeline.models.layers import layers_of
 from pipeline.models.second_moments import SecondMoments
 
@@ -52,6 +52,11 @@ class Residual:
         found, widths = layers_of(model), config.widths
         self.timed = timed
         self.head, self.words, self.norm = found.head, found.words, final_norm(model)
+        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.path: LogitPath | None = None
+        """From the head's output to the logits: known after the first forward, as is"""
+        self.rule: NormRule | None = None
+        """what the final norm does."""
         self.tied = self.head.weight == self.words.weight
         self.inputs = LayerInputs(
             found.body, widths.input_width if widths else None, seed, device, lambda: timed("layer inputs")
@@ -132,10 +137,18 @@ class ResidualWatch:
 
     def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
         """(n, G + K): g_t, and e_t, of the next n tokens of the forward."""
+        assert self._how.path is not None
         first, self._tokens = self._tokens, self._tokens + len(gradient_nV)
+        gradient_nV = self._how.path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
         scale_n1 = self._inverse_sigma_N1[first : self._tokens]
         residual_nK = (gradient_nV @ self._projection_VK.to(gradient_nV.dtype)) * scale_n1
         return torch.cat([hashed(self._how.sketch_g, gradient_nV, self._how.head_scale_V), residual_nK], dim=1)
+
+    def before_losses(self, logits_BTV: Tensor) -> None:
+        self._logits_NV = logits_BTV.detach().flatten(0, -2)
+        if self._how.path is None:
+            self._how.path = logit_path(self._head_output.flatten(0, -2), self._logits_NV, self._how.cap)
+        del self._head_output
 
     def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None: ...
 
@@ -147,7 +160,7 @@ class ResidualWatch:
         feedback_NG, residual_NK = feedback.split(widths, dim=1)
         body = unit_sketches(self._inputs.take().to(feedback.dtype), residual_NK, spans)
         ends_UKG = unit_sketches(self._head_inputs_NK.to(feedback.dtype), feedback_NG, spans)
-        rows_NK = residual_NK
+        rows_NK = how.words.row_gradients(self._ids_N, residual_NK)
         if how.words_scale_V is not None:
             rows_NK = rows_NK * how.words_scale_V[self._ids_N, None].to(rows_NK.dtype)
         columns_N = self._ids_N
@@ -167,18 +180,24 @@ class ResidualWatch:
         self._ids_N = self._how.words.input_rows(args)
 
     @torch.no_grad()
-    def _normed(self, args: tuple[Any, ...], _: Tensor) -> None:
+    def _normed(self, args: tuple[Any, ...], output: Tensor) -> None:
         norm: Any = self._how.norm
         with self._how.timed("layer inputs"):
             input_ND = _at_least_float32(args[0].detach().flatten(0, -2))
-            epsilon = getattr(norm, "eps", getattr(norm, "variance_epsilon", 1e-6))
-            if isinstance(norm, nn.LayerNorm):  # RMSNorm does not centre
-                input_ND = input_ND - input_ND.mean(1, keepdim=True)
-            self._inverse_sigma_N1 = (input_ND.square().mean(1, keepdim=True) + epsilon).rsqrt()
-            self._gain_D = norm.weight.detach().clone()  # the weight itself may lie among all others, or be given back
+            how = self._how
+            if output.shape[-1] != how.head.inputs:
+                raise ValueError(
+                    f"the LM head reads {how.head.inputs} numbers and the norm before it makes {output.shape[-1]}: "
+                    "estimator 'residual' knows no way between them; choose another estimator"
+                )
+            if how.rule is None:
+                how.rule = norm_rule(norm, input_ND, output.detach().flatten(0, -2))
+            self._inverse_sigma_N1 = how.rule.inverse_sigma(input_ND)
+            self._gain_D = how.rule.gain_of(norm)
 
     @torch.no_grad()
-    def _unembedded(self, args: tuple[Any, ...], _: Tensor) -> None:
+    def _unembedded(self, args: tuple[Any, ...], output: Tensor) -> None:
+        self._head_output = output.detach()
         how, head = self._how, self._how.head
         with how.timed("layer inputs"):
             self._head_inputs_NK = hashed(how.sketch_h, head.input_rows(args), how.head_scale_D)

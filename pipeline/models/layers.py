@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -51,11 +52,24 @@ class TransposedLayer(Layer):
 
 class Embedding(Layer):
     """A word embedding: a linear map of one-hot rows, stored as (vocabulary, width). Inputs here are its width, outputs
-    the vocabulary, as the LM head that may share its weight has them."""
+    the vocabulary, as the LM head that may share its weight has them.
+
+    Some scale their output inside the module (`embed_scale`), and none has a gradient in the row of its `padding_idx`.
+    """
 
     def input_rows(self, args: tuple[Any, ...]) -> Tensor:
         """The word at every position, (N,)."""
         return args[0].flatten()
+
+    def row_gradients(self, words_N: Tensor, gradient: Tensor) -> Tensor:
+        """What a gradient at the output gives the row of each position's word, (N, width)."""
+        rows_ND = gradient.flatten(0, -2)
+        module: Any = self.module
+        if (scale := getattr(module, "embed_scale", None)) is not None:
+            rows_ND = rows_ND * scale
+        if module.padding_idx is not None:
+            rows_ND = rows_ND * (words_N != module.padding_idx)[:, None]
+        return rows_ND
 
 
 @dataclass(frozen=True)
@@ -86,11 +100,7 @@ def layers_of(model: PreTrainedModel) -> Layers:
     convolutions), and for a model without a linear LM head or a word embedding.
     """
     names = _parameter_names(model)
-    linear = {
-        name: _linear(name, module, names)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    }
+    linear = {name: _linear(name, module, names) for name, module in model.named_modules() if _is_linear(module)}
     words = words_of(model)
     scored = {layer.weight for layer in (*linear.values(), words)}
     others = {
@@ -114,11 +124,30 @@ def layers_of(model: PreTrainedModel) -> Layers:
     return Layers(linear, head_of(model), words, left_out)
 
 
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module's output is the linear map of its input and nothing else is done to it."""
+    forward = type(module).forward
+    if forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    if not isinstance(module, nn.Linear):
+        return False
+    # A linear layer with a forward of its own, which routers have too: does it do the same on a plain one?
+    plain = nn.utils.skip_init(nn.Linear, 3, 2)
+    with torch.no_grad():
+        for parameter in plain.parameters():
+            parameter.copy_(torch.arange(parameter.numel()).view_as(parameter))
+        rows = torch.arange(6.0).view(2, 3)
+        try:
+            return bool(torch.allclose(forward(plain, rows), plain(rows)))
+        except (TypeError, AttributeError, ValueError, RuntimeError):
+            return False
+
+
 def head_of(model: PreTrainedModel) -> Layer:
     """The LM head. Raises ValueError where the model has none."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if module is head and isinstance(module, nn.Linear):
+        if module is head and _is_linear(module):
             return _linear(name, module, _parameter_names(model))
     raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
 
@@ -151,8 +180,9 @@ def _unscored(model: PreTrainedModel, unknown: Mapping[str, tuple[int, ...]]) ->
     every = sum(prod(_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)
     share = sum(map(prod, unknown.values())) / every
     shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in list(unknown.items())[:4])
+    shown += ", ..." if len(unknown) > 4 else ""
     return (
         f"{type(model).__name__} trains {len(unknown)} weights, {share:.0%} of its parameters, that are no linear "
-        f"layer and no embedding, so a score would leave them out: {shown}{', ...' if len(unknown) > 4 else ''}. Choose "
+        f"layer and no embedding, so a score would leave them out: {shown}. Choose "
         "influence.estimator lli, which claims the LM head only, or loss, random or none"
     )

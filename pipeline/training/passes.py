@@ -64,7 +64,7 @@ class Workshop:
     def forward(self, batch: Batch, step: int, m: int) -> Tensor:
         """A forward that does not; the loss of every position."""
         self.seed_dropout(step, m)
-        return forward_losses(self.ds_engine, batch)[0]
+        return forward_losses(self.ds_engine, batch)
 
     def seed_dropout(self, step: int, m: int) -> None:
         """Dropout draws as a function of where the run is, so a resumed run draws as an unbroken one."""
