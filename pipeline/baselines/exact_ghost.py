@@ -11,7 +11,8 @@ from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.hooks import hooks
 from pipeline.influence.scorer import Scored
-from pipeline.models.layers import Layer, layers_of
+from pipeline.models.layer import Layer
+from pipeline.models.layers import layers_of
 
 
 class ExactGhost:

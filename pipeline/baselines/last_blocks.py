@@ -13,7 +13,8 @@ from pipeline.influence.adam import adam_factors
 from pipeline.influence.hooks import hooks
 from pipeline.influence.micro_batch import forward_losses
 from pipeline.models.heads import blocks
-from pipeline.models.layers import Layer, layers_of
+from pipeline.models.layer import Layer
+from pipeline.models.layers import layers_of
 from pipeline.models.second_moments import Means
 
 

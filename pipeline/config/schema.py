@@ -131,6 +131,9 @@ class InfluenceConfig:
     scope: Literal["micro_step", "step"] = "micro_step"
     """What a unit is compared with, decided together with, and at what price. micro_step: the global micro-batch, in
     the training forward; step: all micro-batches of the optimizer step, in one more forward before any backward."""
+    check_model: bool = True
+    """ghost: before the first step compare, weight by weight, the gradients it sees of two short sequences with
+    autograd's, and refuse a model in which one is off by more than a thousandth. Takes seconds."""
     passes: Literal["one", "score_first"] = "one"
     """one: score inside the training forward. score_first: score in a forward without gradients, then train on what is
     kept only, shared out evenly among the ranks: faster where much is dropped (from about a third on)."""

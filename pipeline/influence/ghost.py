@@ -2,7 +2,7 @@
 2510.16007)."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -18,8 +18,10 @@ from pipeline.influence.adam import adam_factors, saturation
 from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.hooks import hooks
 from pipeline.influence.sketch import CountSketch, hashed, seed_of
+from pipeline.models.experts import Experts, Router
 from pipeline.models.heads import LogitPath, logit_path
-from pipeline.models.layers import Layer, layers_of
+from pipeline.models.layer import Layer
+from pipeline.models.layers import layers_of
 from pipeline.models.second_moments import SecondMoments
 
 
@@ -96,9 +98,12 @@ class Ghost:
         """`SecondMoments.newest`, 0 before the first `precondition`."""
         widths = (chosen.hidden_width, chosen.logit_width) if chosen else None
         self.size = 0 if widths is None else widths[0] * widths[1]
+        self._places: dict[tuple[str, tuple[int, int]], tuple[Tensor, Tensor]] = {}
         for layer in (self.words, *self.linear.values()):
-            if layer.weight not in self.weights:
-                self.weights[layer.weight] = self._kept(layer, widths, seed, device)
+            matrices = layer.matrices.values() if isinstance(layer, Experts) else (layer,)
+            for matrix in matrices:
+                if matrix.weight not in self.weights:
+                    self.weights[matrix.weight] = self._kept(matrix, widths, seed, device)
 
     def _kept(self, layer: Layer, widths: tuple[int, int] | None, seed: int, device: torch.device) -> Weight:
         name, inputs, outputs = layer.weight, layer.inputs, layer.outputs
@@ -108,11 +113,15 @@ class Ghost:
             return Weight(layer, (inputs, outputs), place)
         wide = layer is self.words or layer.name == self.head.name
         shape = (min(inputs, widths[0]), min(outputs, widths[1] if wide else min(widths)))
-        generator = torch.Generator().manual_seed(seed_of(seed, f"{name}/place"))
-        index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]].clone()  # not the rest
-        signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
-        weight = Weight(layer, shape, index.to(device), signs.to(device))
-        if shape[0] < inputs:
+        parameter = name.partition("[")[0]  # all experts of a parameter share its places: their hashes differ
+        if (parameter, shape) not in self._places:
+            generator = torch.Generator().manual_seed(seed_of(seed, f"{parameter}/place"))
+            index = torch.randperm(self.size, generator=generator)[: shape[0] * shape[1]].clone()  # not the rest
+            signs = torch.randint(0, 2, shape, generator=generator) * 2.0 - 1.0
+            self._places[parameter, shape] = index.to(device), signs.to(device)
+        weight = Weight(layer, shape, *self._places[parameter, shape])
+        # An expert's matrix is hashed also where it would fit, or it would meet another's in the same places.
+        if shape[0] < inputs or name != parameter:
             weight.inputs = CountSketch(inputs, shape[0], seed_of(seed, f"{name}/inputs"), device)
         if shape[1] < outputs:
             weight.outputs = CountSketch(outputs, shape[1], seed_of(seed, f"{name}/outputs"), device)
@@ -162,7 +171,7 @@ class GhostWatch:
         self._embedded_rows: tuple[Tensor, Tensor] | None = None
 
     def __enter__(self) -> Self:
-        linear = [(layer.module, partial(self._passed, layer)) for layer in self._how.linear.values()]
+        linear = [(layer.module, partial(self._passed_kind(layer), layer)) for layer in self._how.linear.values()]
         self._hooks = hooks(after=[(self._how.words.module, self._passed_words), *linear])
         self._hooks.__enter__()
         return self
@@ -250,6 +259,20 @@ class GhostWatch:
         if output.requires_grad:
             output.register_hook(partial(self._came_back_to_words, self._how.words.input_rows(args)))
 
+    def _passed_kind(self, layer: Layer) -> Callable[..., None]:
+        if isinstance(layer, Experts):
+            return self._passed_experts
+        return self._passed_router if isinstance(layer, Router) else self._passed
+
+    @torch.no_grad()
+    def _passed_router(self, layer: Router, args: tuple[Any, ...], output: Any) -> None:
+        self._passed(layer, args, layer.output_of(args, output))
+
+    @torch.no_grad()
+    def _passed_experts(self, layer: Experts, args: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            output.register_hook(partial(self._came_back_to_experts, layer, args))
+
     @torch.no_grad()
     def _passed(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
         with self._how.timed("layer gradients"):
@@ -275,6 +298,18 @@ class GhostWatch:
             self._add(self._sketches, weight, inputs_NK, feedback_NG)
 
     @torch.no_grad()
+    def _came_back_to_experts(self, layer: Experts, args: tuple[Any, ...], gradient: Tensor) -> None:
+        if self._sketches is None or self._factor is None:
+            return
+        with self._how.timed("layer gradients"):
+            for name, position_n, input_nD, gradient_nO in layer.routed(args, gradient):
+                weight = self._how.weights[name]
+                inputs_nK, feedback_nG = weight.sketch_inputs(input_nD), weight.sketch_outputs(gradient_nO)
+                bounds = torch.tensor(self._batch.spans, device=position_n.device)
+                rows = torch.searchsorted(position_n, bounds).tolist()  # positions ascend
+                self._add(self._sketches, weight, inputs_nK, feedback_nG / self._factor, rows)
+
+    @torch.no_grad()
     def _came_back_to_words(self, words_N: Tensor, gradient: Tensor) -> None:
         """Its one-hot inputs make the product a sum of rows by word."""
         if self._sketches is None or self._factor is None:
@@ -293,6 +328,14 @@ class GhostWatch:
                 part_KG.index_add_(1, columns_N[start:stop], rows_NK[start:stop].T)
                 weight.put(sketch, part_KG)
 
-    def _add(self, sketches: Tensor, weight: Weight, inputs_NK: Tensor, feedback_NG: Tensor) -> None:
-        for sketch, (start, stop) in zip(sketches, self._batch.spans, strict=True):
+    def _add(
+        self,
+        sketches: Tensor,
+        weight: Weight,
+        inputs_NK: Tensor,
+        feedback_NG: Tensor,
+        rows: list[list[int]] | None = None,
+    ) -> None:
+        """`rows`: first and one-past-last of each unit's, where they are not all positions."""
+        for sketch, (start, stop) in zip(sketches, rows or self._batch.spans, strict=True):
             weight.put(sketch, inputs_NK[start:stop].T @ feedback_NG[start:stop].to(inputs_NK.dtype))

@@ -15,7 +15,8 @@ from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.layer_inputs import LayerInputs
 from pipeline.influence.scores import unit_sketches
 from pipeline.influence.sketch import CountSketch, hashed, seed_of
-from pipeline.models.layers import Layer, head_of, layers_of
+from pipeline.models.layer import Layer
+from pipeline.models.layers import head_of, layers_of
 from pipeline.models.second_moments import SecondMoments
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.influence.hooks import hooks
 from pipeline.influence.sketch import CountSketch, seed_of
-from pipeline.models.layers import Layer
+from pipeline.models.layer import Layer
 
 
 class LayerInputs:

@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
+from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.scorer import Scorer
 from pipeline.tasks.causal_lm import Visitor, token_losses
 
@@ -46,6 +48,13 @@ class MicroBatch:
         recorded_BT = self._losses_BT if losses_BT is None else losses_BT
         self._scorer.add(self._batch, self._watch, recorded_BT.detach(), self._logit_sketch)
         return dict(self._watch.norms)
+
+    def gradients(self) -> SampleGradients:
+        """What an estimator knows of the units, without a scorer taking it in; once."""
+        assert self._logit_sketch is not None
+        watch: Any = self._watch
+        with torch.no_grad():
+            return watch.take(self._logit_sketch)
 
     def _visitor(self) -> Visitor | None:
         visit, timed = self._watch.visit, self._timed

@@ -1,7 +1,4 @@
-"""The weight matrices of a model at work: names, orientation, logical shapes; and which trained weights are none.
-
-The only place that knows how a weight is stored and what its parameter is called.
-"""
+"""All weight matrices of a model at work, and which trained weights are none."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,67 +6,12 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.models.second_moments import Means
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """A linear map: outputs = inputs x weight. `nn.Linear`, stored as (outputs, inputs)."""
-
-    name: str
-    """The module's."""
-    module: nn.Module
-    weight: str
-    """The parameter's name; tied modules share it."""
-    inputs: int
-    outputs: int
-    """Logical sizes, also where ZeRO-3 holds a part."""
-
-    def input_rows(self, args: tuple[Any, ...]) -> Tensor:
-        """What a forward gives the module, (N, inputs) for the N positions, detached."""
-        return args[0].detach().flatten(0, -2)
-
-    def output_rows(self, gradient: Tensor) -> Tensor:
-        """A gradient at the module's output, (N, outputs)."""
-        return gradient.flatten(0, -2)
-
-    def means(self, means: Means) -> tuple[Tensor, Tensor]:
-        """Of the weight's second moments: of every output (over inputs), (outputs,), and of every input, (inputs,)."""
-        return means[self.weight]
-
-
-class TransposedLayer(Layer):
-    """GPT-2's `Conv1D`: a linear map stored as (inputs, outputs)."""
-
-    def means(self, means: Means) -> tuple[Tensor, Tensor]:
-        rows, columns = means[self.weight]
-        return columns, rows
-
-
-class Embedding(Layer):
-    """A word embedding: a linear map of one-hot rows, stored as (vocabulary, width). Inputs here are its width, outputs
-    the vocabulary, as the LM head that may share its weight has them.
-
-    Some scale their output inside the module (`embed_scale`), and none has a gradient in the row of its `padding_idx`.
-    """
-
-    def input_rows(self, args: tuple[Any, ...]) -> Tensor:
-        """The word at every position, (N,)."""
-        return args[0].flatten()
-
-    def row_gradients(self, words_N: Tensor, gradient: Tensor) -> Tensor:
-        """What a gradient at the output gives the row of each position's word, (N, width)."""
-        rows_ND = gradient.flatten(0, -2)
-        module: Any = self.module
-        if (scale := getattr(module, "embed_scale", None)) is not None:
-            rows_ND = rows_ND * scale
-        if module.padding_idx is not None:
-            rows_ND = rows_ND * (words_N != module.padding_idx)[:, None]
-        return rows_ND
+from pipeline.models.experts import Experts, Router, experts_of, is_experts
+from pipeline.models.layer import Embedding, Layer, TransposedLayer, shape_of
 
 
 @dataclass(frozen=True)
@@ -77,11 +19,17 @@ class Layers:
     """All trained weight matrices of a causal LM."""
 
     linear: Mapping[str, Layer]
-    """By module name, in the model's own order, the LM head among them."""
+    """By module name, in the model's own order, the LM head, routers and experts (as one layer each) among them."""
     head: Layer
     words: Embedding
     left_out: Mapping[str, str]
     """Trained parameters that are in no score, and by which rule."""
+
+    @property
+    def weights(self) -> set[str]:
+        """Names of all parameters that are scored, by an estimator that scores all it can."""
+        experts = {layer.down for layer in self.linear.values() if isinstance(layer, Experts)}
+        return {layer.weight for layer in (*self.linear.values(), self.words)} | experts
 
     @property
     def body(self) -> Mapping[str, Layer]:
@@ -91,32 +39,42 @@ class Layers:
 
 VECTOR = "norms, biases and other vectors"
 POSITIONS = "embeddings of positions and of token types"
+SEQUENCE = "convolutions along the sequence and state matrices"
+"""Of state-space layers."""
 
 
 def layers_of(model: PreTrainedModel) -> Layers:
     """Every trained parameter accounted for: scored as a `Layer`, or left out by a stated rule.
 
     Raises ValueError, naming them, for weights that are neither (experts and routers kept as bare parameters,
-    convolutions), and for a model without a linear LM head or a word embedding.
+    other convolutions), and for a model without a linear LM head or a word embedding.
     """
     names = _parameter_names(model)
-    linear = {name: _linear(name, module, names) for name, module in model.named_modules() if _is_linear(module)}
+    linear = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module, names))}
     words = words_of(model)
     scored = {layer.weight for layer in (*linear.values(), words)}
+    scored |= {layer.down for layer in linear.values() if isinstance(layer, Experts)}
     others = {
         names[id(module.weight)]
         for module in model.modules()
         if isinstance(module, nn.Embedding) and id(module.weight) in names
     }
+    convolutions = {
+        names[id(module.weight)]
+        for module in model.modules()
+        if isinstance(module, nn.Conv1d) and id(module.weight) in names
+    }
     left_out, unknown = {}, {}
     for name, parameter in model.named_parameters():
         if name in scored or not parameter.requires_grad:
             continue
-        shape = _shape(parameter)
-        if sum(size > 1 for size in shape) <= 1:
+        shape = shape_of(parameter)
+        if sum(size > 1 for size in shape) <= 1 or name.endswith("bias"):
             left_out[name] = VECTOR
         elif name in others:
             left_out[name] = POSITIONS
+        elif name in convolutions or name.endswith("A_log"):
+            left_out[name] = SEQUENCE
         else:
             unknown[name] = shape
     if unknown:
@@ -156,12 +114,25 @@ def words_of(model: PreTrainedModel) -> Embedding:
     """The word embedding."""
     words = model.get_input_embeddings()
     name = next(name for name, module in model.named_modules() if module is words)
-    vocabulary, width = _shape(words.weight)
+    vocabulary, width = shape_of(words.weight)
     return Embedding(name, words, _parameter_names(model)[id(words.weight)], width, vocabulary)
 
 
+def _layer(name: str, module: nn.Module, names: Mapping[int, str]) -> Layer | None:
+    """The layer that a module is; None where it is none."""
+    if _is_linear(module):
+        return _linear(name, module, names)
+    if is_experts(module):
+        return experts_of(name, module, names)
+    if Router.fits(module):
+        weight: Any = module.weight
+        outputs, inputs = shape_of(weight)
+        return Router(name, module, names[id(weight)], inputs, outputs)
+    return None
+
+
 def _linear(name: str, module: Any, names: Mapping[int, str]) -> Layer:
-    rows, columns = _shape(module.weight)
+    rows, columns = shape_of(module.weight)
     if isinstance(module, Conv1D):
         return TransposedLayer(name, module, names[id(module.weight)], rows, columns)
     return Layer(name, module, names[id(module.weight)], columns, rows)
@@ -171,13 +142,8 @@ def _parameter_names(model: nn.Module) -> dict[int, str]:
     return {id(parameter): name for name, parameter in model.named_parameters()}
 
 
-def _shape(parameter: Any) -> tuple[int, ...]:
-    """Of the whole parameter, also where ZeRO-3 holds a part."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def _unscored(model: PreTrainedModel, unknown: Mapping[str, tuple[int, ...]]) -> str:
-    every = sum(prod(_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)
+    every = sum(prod(shape_of(parameter)) for parameter in model.parameters() if parameter.requires_grad)
     share = sum(map(prod, unknown.values())) / every
     shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in list(unknown.items())[:4])
     shown += ", ..." if len(unknown) > 4 else ""

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 Means = Mapping[str, tuple[Tensor, Tensor]]
-"""Row means and column means, as torch stores it, of the second moment of every weight matrix, by its name."""
+"""Row means and column means, as torch stores it, of the second moment of every weight matrix, by its name; of
+fused experts by `PARAMETER[EXPERT]`."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,9 @@ def second_moments(moments: Moments, beta: float, device: torch.device) -> Secon
     updates = int(next(iter(moments.values()))["step"])
     means = {}
     for name, state in moments.items():
-        if state["exp_avg_sq"].dim() == 2:
-            square = state["exp_avg_sq"].to(device).float() / (1 - beta**updates)
+        square = state["exp_avg_sq"].to(device).float() / (1 - beta**updates)
+        if square.dim() == 2:
             means[name] = (square.mean(1), square.mean(0))
+        elif square.dim() == 3:
+            means |= {f"{name}[{index}]": (one.mean(1), one.mean(0)) for index, one in enumerate(square)}
     return SecondMoments(means, beta, updates)
