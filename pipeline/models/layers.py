@@ -151,8 +151,9 @@ def _unscored(model: PreTrainedModel, unknown: Mapping[str, tuple[int, ...]]) ->
     every = sum(prod(_shape(parameter)) for parameter in model.parameters() if parameter.requires_grad)
     share = sum(map(prod, unknown.values())) / every
     shown = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in list(unknown.items())[:4])
+    shown += ", ..." if len(unknown) > 4 else ""
     return (
         f"{type(model).__name__} trains {len(unknown)} weights, {share:.0%} of its parameters, that are no linear "
-        f"layer and no embedding, so a score would leave them out: {shown}{', ...' if len(unknown) > 4 else ''}. Choose "
+        f"layer and no embedding, so a score would leave them out: {shown}. Choose "
         "influence.estimator lli, which claims the LM head only, or loss, random or none"
     )
