@@ -2,20 +2,23 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import AutoModelForCausalLM
 
-from pipeline.config.cli import parse
+from pipeline.config import cli
 from pipeline.config.schema import Config, InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
-from pipeline.influence.estimator import Estimator
+from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.scorer import ControlScorer, SketchScorer
+from pipeline.influence.table import scorer_of
 from pipeline.models.second_moments import SecondMoments
-from pipeline.tasks.causal_lm import token_losses
-from pipeline.train import train
+from pipeline.train import parse, train
 
+C = TypeVar("C", bound=Config)
+CPU = torch.device("cpu")
 LEARNING_RATE = 0.5
 
 
@@ -40,8 +43,16 @@ def deepspeed_json(path: Path, stage: int = 2, micro: int = 2, accumulation: int
 ADAM = {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "torch_adam": True}}
 
 
-def config_of(corpus: Path, run_dir: Path, model: Path, deepspeed: Path, **overrides: Any) -> Config:
-    """The config of a short run; overrides with `__` for dots: `policy__rate=0.5`."""
+def config_of(
+    corpus: Path,
+    run_dir: Path,
+    model: Path,
+    deepspeed: Path,
+    kind: type[C] = Config,  # type: ignore[assignment]
+    **overrides: Any,
+) -> C:
+    """The config of a short run; overrides with `__` for dots: `policy__rate=0.5`. `kind`: with the keys of another
+    command than pipeline.train, as that command reads them."""
     options = {
         "run_dir": run_dir,
         "deepspeed_config": deepspeed,
@@ -52,7 +63,28 @@ def config_of(corpus: Path, run_dir: Path, model: Path, deepspeed: Path, **overr
         "data.sequence_length": 16,
         "seed": 3,
     } | {key.replace("__", "."): value for key, value in overrides.items()}
-    return parse("pipeline.train", [f"--{key}={value}" for key, value in options.items()])
+    arguments = [f"--{key}={value}" for key, value in options.items()]
+    return parse("pipeline.train", arguments) if kind is Config else cli.parse("pipeline", arguments, kind)
+
+
+def plain_scorer(
+    influence: InfluenceConfig, model: Any, seed: int, second: SecondMoments | None = None
+) -> ControlScorer | SketchScorer:
+    """The scorer of one plain process, in the geometry of `second`."""
+    scorer = scorer_of(influence, model, seed, CPU, Stopwatch(CPU), lambda tensor: tensor)
+    if second:
+        scorer.precondition(second)
+    return scorer
+
+
+def forward_scores(scorer: ControlScorer | SketchScorer, model: Any, *batches: Batch) -> list[torch.Tensor]:
+    """What it scores in forwards alone, all batches together; (U,) each."""
+    for batch in batches:
+        watched = MicroBatch(scorer, batch, Stopwatch(CPU))
+        with torch.no_grad():
+            watched.forward(model)
+        watched.add()
+    return [scored.scores_U for scored in scorer.scores()]
 
 
 def ghost_scores(
@@ -65,18 +97,14 @@ def ghost_scores(
     factor: float = 1.0,
 ) -> torch.Tensor:
     """What one plain process scores in its backward, of the loss times `factor`; (U,)."""
-    cpu = torch.device("cpu")
-    estimator = Estimator(influence, model, seed, cpu, Stopwatch(cpu))
-    if second:
-        estimator.precondition(second)
-    with estimator.capture():
-        logits = model(input_ids=batch.input_ids_BT, use_cache=False).logits
-        losses, feedback = token_losses(logits, batch.labels_BT, estimator.visit)
-    estimator.watch(batch, losses, step_tokens)
+    scorer = plain_scorer(influence, model, seed, second)
+    watched = MicroBatch(scorer, batch, Stopwatch(CPU))
+    losses = watched.forward(model)
+    watched.before_backward(step_tokens)
     (losses.sum() * factor).backward()
     model.zero_grad()
-    estimator.add(batch, losses.detach(), feedback)
-    return estimator.scores()[0].scores_U
+    watched.add()
+    return scorer.scores()[0].scores_U
 
 
 def run(config: Config) -> None:

@@ -222,7 +222,7 @@ def _fidelity_name(row: dict[str, Any]) -> str:
         for key in ("precondition", "sketch", "reference")
         if row.get(key) not in (None, "none", "batch")
     ]
-    return ", ".join([str(row["estimator"]), *shown, *(["own term out"] if row.get("own_term") == "out" else [])])
+    return ", ".join([str(row["estimator"]), *shown, *(["self-influence out"] if row.get("own_term") == "out" else [])])
 
 
 def _by_quarter(rows: list[dict[str, Any]], kind: str) -> list[float | None]:

@@ -168,7 +168,7 @@ BOTH = (True, False)
 
 
 Values = dict[tuple[str, bool], Tensor]
-"""By reference and whether the own term is in; (B,) each."""
+"""By reference and whether the self-influence is in; (B,) each."""
 
 
 # References

@@ -5,7 +5,7 @@ backwards a batch of B samples, and one forward for every coalition of them that
 
 A *game* maps a coalition of players to a vector with one value per target. Shapley values are linear in the game, so
 they form a matrix: `effects[j, z]` is what player j does to target z. With samples as players and the same samples'
-losses as targets, its row sums are the samples' values with the own term in, and less the diagonal those without it.
+losses as targets, its row sums are the samples' values with self-influence, and less the diagonal those without it.
 P: all trainable parameters, flattened; n: players; Z: targets.
 """
 

@@ -23,14 +23,15 @@ _NEVER_USED = 1e-6
 
 
 def saturation(squares_R: Tensor, row_scale_R: Tensor, columns: int, tokens: float, newest: float) -> Tensor:
-    """What Adam's coming step leaves out of the own terms of single rows of a weight; shape (R,), 0 or more but for a
-    few percent.
+    """What Adam's coming step leaves out of the self-influences of single rows of a weight; shape (R,), 0 or more but
+    for a few percent.
 
     Adam divides by the second moment *after* the update, v' = (1 - a) v + a g^2 with a = `newest`. For most weights
     that is v. But the row of a word that is hardly ever read has next to no v, and the sample that reads it makes its
-    own g^2 most of v': however large its gradient, Adam's step there is bounded, and an own term of g^2 / sqrt(v) is
-    not. With q = `squares_R` the squared norm of a row's gradient of summed losses in the geometry of `adam_factors`,
-    s = `row_scale_R` = r^(-1/4) of it, and `tokens` to divide by before Adam sees it, the row's own term is to be
+    own g^2 most of v': however large its gradient, Adam's step there is bounded, and a self-influence of g^2 / sqrt(v)
+    is not. With q = `squares_R` the squared norm of a row's gradient of summed losses in the geometry of
+    `adam_factors`, s = `row_scale_R` = r^(-1/4) of it, and `tokens` to divide by before Adam sees it, the row's
+    self-influence is to be
 
         q sqrt(r / r') = q (1 - a + a q s^2 / (columns tokens^2))^(-1/2) ,
 

@@ -32,10 +32,6 @@ class AppendixE:
         self.lai, self._decay, self._power = lai, decay, power
         self._raw_V, self._updates = torch.zeros(lai.head.outputs, device=device), 0
 
-    @property
-    def size(self) -> int:
-        return self.lai.size
-
     def watch(self, batch: Batch, norms: bool = False) -> "AppendixEWatch":
         return AppendixEWatch(self.lai.watch(batch, norms), batch, torch.zeros_like(self._raw_V))
 
@@ -49,10 +45,10 @@ class AppendixE:
         raise AssertionError("goes by its own mean, not by the optimizer's")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"raw": self._raw_V.cpu(), "updates": self._updates}
+        return {"raw": self._raw_V.cpu(), "updates": self._updates} if self._updates else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["updates"]:
+        if state:
             self._go_on(state["raw"].to(self._raw_V.device), state["updates"])
 
     def _go_on(self, raw_V: Tensor, updates: int) -> None:

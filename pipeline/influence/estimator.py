@@ -67,10 +67,6 @@ class Scorable(Protocol):
 class Estimator(Scorable, Protocol):
     """Guesses every unit's gradient from one forward, or (`after_backward`) from its backward too."""
 
-    @property
-    def size(self) -> int:
-        """Numbers in a unit's sketch, and in the all-reduce."""
-
     def watch(self, batch: Batch, norms: bool = False) -> EstimatorWatch:
         """`norms`: those of the layers' inputs are asked for afterwards."""
 

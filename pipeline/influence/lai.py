@@ -50,11 +50,6 @@ class Lai:
     def _layers(model: PreTrainedModel) -> Mapping[str, Layer]:
         return layers_of(model).linear
 
-    @property
-    def size(self) -> int:
-        width = self.inputs.width or sum(layer.inputs for layer in self.inputs.layers.values())
-        return width * (self.logits.width if self.logits else self.head.outputs)
-
     def watch(self, batch: Batch, norms: bool = False) -> "LaiWatch":
         return LaiWatch(self, batch, norms)
 

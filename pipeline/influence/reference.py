@@ -49,7 +49,7 @@ class Running:
     all sketches so far add up to 1."""
 
     of_what_is_scored: ClassVar[bool] = True
-    keys: ClassVar[tuple[str, ...]] = ("running_decay",)
+    keys: ClassVar[tuple[str, ...]] = ("running_decay", "scope")
 
     def __init__(self, decay: float, device: torch.device) -> None:
         self._decay, self._device, self._count = decay, device, 0

@@ -83,14 +83,6 @@ class Residual:
         self.words_scale_V: Tensor | None = None
         self.words_scale_D: Tensor | None = None
 
-    @property
-    def size(self) -> int:
-        h = self.sketch_h.width if self.sketch_h else self.head.inputs
-        g = self.sketch_g.width if self.sketch_g else self.head.outputs
-        body = self.inputs.width or sum(layer.inputs for layer in self.inputs.layers.values())
-        apart = not (self.tied or self.sketch_g)
-        return h * g * (1 + apart) + body * h
-
     def watch(self, batch: Batch, norms: bool = False) -> "ResidualWatch":
         return ResidualWatch(self, batch, norms)
 

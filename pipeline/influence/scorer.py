@@ -224,7 +224,8 @@ class SketchScorer:
         config = self._config
         if name == "estimator":
             return {f"influence.{key}": getattr(config, key) for key in ("precondition", "adam_decay")}
-        keys = ("estimator", "reference", "precondition", "adam_power", *self._reference.keys)
+        power = ("adam_power",) if config.precondition == "adam_ema" else ()
+        keys = ("estimator", "reference", "precondition", *power, *self._reference.keys)
         widths = vars(config.widths) if config.widths else {"": "none"}
         return {
             "seed": self._seed,

@@ -1,14 +1,14 @@
-"""Exact feedback through some blocks, against autograd on one sample at a time."""
+"""Exact gradients through some blocks, against autograd on one sample at a time."""
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.baselines.last_blocks import partial_backward_gram
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.influence.adam import adam_factors
-from pipeline.models.heads import blocks, head_layer
-from pipeline.models.layers import linear_layers
+from pipeline.models.heads import blocks
 from pipeline.tasks.causal_lm import token_losses
 from tests.tiny_models import VOCABULARY, larger
 
@@ -71,10 +71,11 @@ def test_through_the_last_block_alone_the_others_get_what_leaves_it(batch, kind)
     """Of two blocks: exact in the last, the head and the word embedding; the first's layers with the gradient between.
     Catches the gradient at the last block's output, and one at the embedding that skips the first block."""
     model = larger(kind).double()
-    layers, (head, _), words = linear_layers(model), head_layer(model), model.get_input_embeddings()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    head, words = model.get_output_embeddings(), model.get_input_embeddings()
     first = {name for name, layer in layers.items() if any(layer is m for m in blocks(model)[0].modules())}
     exact = [layers[name].weight for name in layers if name not in first]
-    exact += [] if layers[head].weight is words.weight else [words.weight]
+    exact += [] if head.weight is words.weight else [words.weight]
     seen: dict[str, Tensor] = {}
     for name in first:
         layers[name].register_forward_hook(lambda _, args, __, name=name: seen.update({name: args[0][0].detach()}))

@@ -7,10 +7,11 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,10 +25,11 @@ from pipeline.config.schema import Config
 from pipeline.data import packing as module
 from pipeline.data.corpus import read_documents
 from pipeline.data.document import Document
+from pipeline.data.planted import Planter
 from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_report, load_split, prepare
 from pipeline.data.tokenizer import train_tokenizer
 from pipeline.prepare import main
-from tests.corpora import make_config, remade, write
+from tests.corpora import make_config, remade, text_of, write
 
 ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared" / "data"
@@ -203,17 +205,17 @@ def test_a_text_that_spells_the_end_of_a_document_does_not_end_it(tmp_path, gpt2
 def test_max_sequences_stops_the_reading_and_fills_every_row(tmp_path, small_tokenizer, monkeypatch):
     read = []
 
-    def counted(*arguments):
-        for document in read_documents(*arguments):
-            read.append(document)
-            yield document
+    def load_dataset(*_, **__):
+        for index in range(300):
+            read.append(index)
+            yield {"text": text_of(index)}
 
-    monkeypatch.setattr(module, "read_documents", counted)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 10)
-    file = write(tmp_path / "f.jsonl", 300)
-    config = make_config(tmp_path, small_tokenizer, file, max_sequences=5, eval_files=file, max_eval_sequences=1)
+    hub = "owner/name"
+    config = make_config(tmp_path, small_tokenizer, hub, max_sequences=5, eval_files=hub, max_eval_sequences=1)
     prepare(config)
-    assert len(read) <= 40
+    assert 0 < len(read) <= 40
     report = load_report(config.data.prepared_dir)
     assert (len(rows(config)), report["train"]["tokens"], report["train"]["padding"]) == (5, 5 * 32, 0)
     assert (len(rows(config, "eval")), report["eval"]["tokens"]) == (1, 32)
@@ -292,15 +294,15 @@ def test_each_kind_is_what_it_says(planted, small_tokenizer):
     assert max(seen) < len(tokenizer)
 
 
-def test_planted_noise_does_not_depend_on_batches_and_follows_the_seed(planted, monkeypatch, tmp_path):
+def test_planted_noise_does_not_depend_on_batches_and_follows_the_seed(planted, small_tokenizer, tmp_path):
     """Catches a generator that runs on from row to row of a batch."""
-    _, noisy = planted
-    again = remade(noisy, prepared_dir=str(tmp_path / "again"))
-    whole = module._pack
-    one_by_one = lambda *arguments: (b.slice(i, 1) for b in whole(*arguments) for i in range(b.num_rows))  # noqa: E731
-    monkeypatch.setattr(module, "_pack", one_by_one)
-    prepare(again)
-    assert rows(again) == rows(noisy)
+    clean, noisy = planted
+    tokenizer = AutoTokenizer.from_pretrained(small_tokenizer)
+    foreign = tokenizer("ÆØÅ " * 300, add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
+    for size in (1, 7):
+        planter = Planter(0.2, noisy.seed, len(tokenizer), repeat(np.array(foreign, np.int32)))
+        batches = load_split(clean.data.prepared_dir, "train").data.table.to_batches(max_chunksize=size)
+        assert [row for batch in batches for row in planter(batch).to_pylist()] == rows(noisy)
     starts = set()
     for seed in range(4):
         other = remade(noisy, seed=seed, prepared_dir=str(tmp_path / f"seed{seed}"))

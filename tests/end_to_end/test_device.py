@@ -9,8 +9,8 @@ from pipeline.config.timing import Stopwatch
 from pipeline.cost.memory import PeakMemory
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import Work
-from pipeline.influence.estimator import Estimator
-from pipeline.tasks.causal_lm import token_losses
+from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.table import scorer_of
 from tests.tiny_models import VOCABULARY, tiny
 
 CPU = torch.device("cpu")
@@ -21,17 +21,15 @@ def scored(name: str, device: torch.device, sketched: bool, dtype: torch.dtype) 
     """Scores, what they took, and the timed parts."""
     model, timed = tiny("gpt_neo").train().to(device, dtype), Stopwatch(device)
     config = InfluenceConfig(estimator=name, sketch=SketchConfig(8, 32, 8) if sketched else "none")
-    estimator = Estimator(config, model, 3, device, timed)
+    scorer = scorer_of(config, model, 3, device, timed, lambda tensor: tensor)
     batch = RandomTokens(VOCABULARY, 16, 0).batch_at([0, 1, 2, 3], device)
+    watched = MicroBatch(scorer, batch, timed)
     with Work(model) as work:
-        with estimator.capture():
-            logits_BTV = model(input_ids=batch.input_ids_BT).logits
-            losses_BT, feedback_NG = token_losses(logits_BTV, batch.labels_BT, estimator.visit)
-        if estimator.needs_backward:
-            estimator.watch(batch, losses_BT, float(losses_BT.numel()))
+        losses_BT = watched.forward(model)
+        watched.before_backward(float(losses_BT.numel()))
         losses_BT.sum().backward()
-        estimator.add(batch, losses_BT.detach(), feedback_NG)
-        [found] = estimator.scores()
+        watched.add()
+        [found] = scorer.scores()
     return found.scores_U.cpu(), work, set(timed.read())
 
 

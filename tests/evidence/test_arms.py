@@ -87,7 +87,7 @@ def test_plain_training_is_one_arm_whatever_its_policy_says():
 
 def test_controls_are_not_named_after_what_they_do_not_use():
     """Catches sketches in every name because a control has none."""
-    sketch = {"inputs": 8, "gradients": 8}
+    sketch = {"input_width": 8, "logit_width": 8}
     lai, loss = ({"estimator": name, "include_self": False, "sketch": sketch} for name in ("lai", "loss"))
     configs = [{"influence": lai}, {"influence": lai | {"include_self": True}}, {"influence": loss}]
     assert labels(*configs) == ["lai, include_self False", "lai", "loss"]

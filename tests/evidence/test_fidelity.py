@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from pipeline.config.cli import to_yaml
-from pipeline.config.rules import FIDELITY_ESTIMATORS
 from pipeline.config.schema import SketchConfig
 from pipeline.data.prepared import load_split
 from pipeline.data.samples import Samples
 from pipeline.engine import checkpoint_files
 from pipeline.engine.checkpoints import checkpoints_of
 from pipeline.evidence import references
+from pipeline.evidence.config import ESTIMATORS, FidelityRun
 from pipeline.evidence.correlation import pearson, spearman
 from pipeline.evidence.fidelity_scores import measure
 from pipeline.fidelity import main
@@ -40,16 +40,18 @@ def adam_run(ranks, corpus, tiny_model, tmp_path_factory):
                 directory / "run",
                 tiny_model("llama"),
                 deepspeed_json(directory / "ds.json", stage, optimizer=ADAM),
+                FidelityRun,
                 max_steps=STEPS,
                 checkpoint__every_steps=1,
                 checkpoint__keep=2,
                 policy__action="observe",
-                influence__sketch__inputs=32,
-                influence__sketch__gradients=64,
-                influence__sketch__layers=16,
+                influence__sketch__input_width=32,
+                influence__sketch__logit_width=64,
+                influence__sketch__hidden_width=16,
                 fidelity__batch_size=5,
                 fidelity__batches=2,
                 fidelity__permutations=4,
+                fidelity__estimators=json.dumps(ESTIMATORS),
                 fidelity__references='["ip","ip_adam","shapley_sgd","shapley_adam","shapley_adam_limit"]',
             )
             ranks(run, made[stage])
@@ -116,7 +118,7 @@ def test_adams_moments_of_a_checkpoint_in_bf16_without_zero(ranks, corpus, tiny_
 
 
 def test_a_run_is_measured_at_its_checkpoints(adam_run):
-    """Every estimator, reference and own term once a checkpoint; what is known must come out: `ip` is itself, the
+    """Every estimator, reference and self-influence once a checkpoint; what is known must come out: `ip` is itself, the
     controls know nothing of it, a small SGD step's Shapley values are the inner products."""
     config = adam_run(3)
     report = measure(config)
@@ -126,9 +128,9 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     found = {tuple(row[key] for key in keys): row for row in rows}
     assert len(found) == len(rows)
     one_form = {"ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm", "loss", "random"}
-    one_form |= {name for name in FIDELITY_ESTIMATORS if name.startswith("residual_last")}
+    one_form |= {name for name in ESTIMATORS if name.startswith("residual_last")}
     # And the first-order references, against the others.
-    forms = 2 * len(FIDELITY_ESTIMATORS) - len(one_form) + 2
+    forms = 2 * len(ESTIMATORS) - len(one_form) + 2
     assert len(rows) == 2 * forms * 5 * 2
     assert {row["checkpoint"] for row in rows} == {"step-2", "step-3"}
     assert {row["sketch"] for row in rows} == {"none", "32x64", "16x64"}
@@ -155,7 +157,7 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     for reference in ("ip_adam", "shapley_adam_limit"):
         whole = reached["residual_last_2", reference, "out"]
         assert reached["ghost", reference, "out"] == pytest.approx(whole, abs=1e-3)
-    # Only ghost's own terms know what Adam's step makes of them.
+    # Only ghost's self-influence knows what Adam's step makes of them.
     limit = "shapley_adam_limit"
     assert reached["ghost", limit, "in"] > reached["residual_last_2", limit, "in"] + 0.1
     assert {entry["permutations"] for entry in report["shapley"]} == {4}
@@ -173,6 +175,7 @@ def test_shapley_values_are_of_a_step_at_the_checkpoints_own_learning_rate(
         tmp_path / "run",
         tiny_model("llama"),
         deepspeed_json(tmp_path / "ds.json", stage, optimizer=ADAM, scheduler=schedule),
+        FidelityRun,
         max_steps=4,
         checkpoint__every_steps=2,
         influence__estimator="none",
@@ -200,7 +203,7 @@ def test_shapley_values_are_of_a_step_at_the_checkpoints_own_learning_rate(
 
 
 def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_run, tmp_path):
-    """Catches the exact scores of another estimator, or with the own term in where it is out."""
+    """Catches the exact scores of another estimator, or with self-influence in where it is out."""
     config = replace(adam_run(3), run_dir=str(tmp_path / "new"))
     config = replace(config, influence=replace(config.influence, sketch=SketchConfig(32, 150, 16)))
     chosen = {"estimators": ["lli", "ghost", "random"], "references": ["exact"], "checkpoints": None}
@@ -249,7 +252,7 @@ def test_a_checkpoint_that_is_not_there_is_named(adam_run):
 )
 def test_what_cannot_be_measured_is_refused_by_name(corpus, tmp_path, capsys, option, message):
     with pytest.raises(SystemExit):
-        config_of(corpus, tmp_path / "run", tmp_path, deepspeed_json(tmp_path / "ds.json"), **option)
+        config_of(corpus, tmp_path / "run", tmp_path, deepspeed_json(tmp_path / "ds.json"), FidelityRun, **option)
     assert message in capsys.readouterr().err
 
 

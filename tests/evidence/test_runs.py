@@ -146,7 +146,7 @@ def test_fidelity_is_shown_over_checkpoints_where_it_was_measured(grid, tmp_path
     content, page = reported(tmp_path, "run")
     assert content["runs"][0]["fidelity"] == rows
     assert ("fidelity over checkpoints", base64.b64encode(b"its figure").decode()) in figures_in(page)
-    assert "lai, sketch 256x1024, reference ip_adam, own term out" in page
+    assert "lai, sketch 256x1024, reference ip_adam, self-influence out" in page
     assert "&lt;lli&gt;" in page
     (tmp_path / "run" / "fidelity.json").write_text("[")
     with pytest.raises(SystemExit):

@@ -8,7 +8,6 @@ from torch import nn
 
 from pipeline.baselines.flattened import flattened_grams
 from pipeline.config.schema import InfluenceConfig
-from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.evidence.fidelity_scores import scores_of
 from pipeline.evidence.references import (
@@ -21,10 +20,8 @@ from pipeline.evidence.references import (
     trainable,
 )
 from pipeline.evidence.shapley import exact_shapley, permutation_shapley, row_sums
-from pipeline.influence.estimator import Estimator
+from tests.runs import plain_scorer
 from tests.tiny_models import VOCABULARY, tiny
-
-CPU = torch.device("cpu")
 
 
 def batch_of(samples: int, tokens: int = 8, seed: int = 0, vocabulary: int = VOCABULARY) -> Batch:
@@ -161,7 +158,7 @@ def test_per_sample_gradients_are_those_of_a_loop_of_autograd(kind):
 
 
 def test_inner_products_are_shapley_values_of_a_small_sgd_step():
-    """Catches the sign, a denominator that is not the whole batch's, and the own term on one side only."""
+    """Catches the sign, a denominator that is not the whole batch's, and self-influence on one side only."""
     model, batch = model_of("gpt2"), batch_of(4)
     gradients = sample_gradients(model, batch)
     tokens = (batch.labels_BT != IGNORE).sum()
@@ -228,6 +225,9 @@ class OneLayer(nn.Module):
         for weight in (self.embedding.weight, self.head.weight):
             weight.data = torch.randn(weight.shape, generator=generator)
 
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embedding
+
     def get_output_embeddings(self) -> nn.Linear:
         return self.head
 
@@ -238,14 +238,14 @@ class OneLayer(nn.Module):
 @pytest.mark.parametrize("include_self", [True, False])
 @pytest.mark.parametrize("tokens", [1, 6])
 def test_of_one_linear_layer_lli_is_the_gradient_inner_product_and_flattened_only_of_one_token(include_self, tokens):
-    """Catches scores in another order than the reference's, and an own term that one
+    """Catches scores in another order than the reference's, and self-influence that one
     side takes out and the other leaves in."""
     model, batch = OneLayer(), batch_of(6, tokens, vocabulary=12)
     if tokens == 1:  # no next token to be the label
         batch.labels_BT[:, 0] = torch.arange(6)
     expected = row_sums(inner_products(sample_gradients(model, batch)), include_self)
     config = InfluenceConfig(estimator="lli", sketch="none", include_self=include_self)
-    scores = scores_of(Estimator(config, model, 0, CPU, Stopwatch(CPU)), model, batch)
+    scores = scores_of(plain_scorer(config, model, 0), model, batch)
     torch.testing.assert_close(scores, expected, rtol=1e-4, atol=1e-4)
     flattened = row_sums(flattened_grams(model, batch)["ghost_flattened"], include_self).double()
     close = torch.allclose(flattened, expected, rtol=1e-3, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Moments out of a backward against autograd, one sample at a time."""
+"""Gradient sketches out of a backward against autograd, one sample at a time."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.evidence.references import Adam
 from pipeline.influence.adam import adam_factors, saturation
-from pipeline.influence.estimator import Estimator
+from pipeline.influence.micro_batch import MicroBatch
 from pipeline.models.second_moments import SecondMoments
 from pipeline.tasks.causal_lm import token_losses
-from tests.runs import ghost_scores
+from tests.runs import ghost_scores, plain_scorer
 from tests.tiny_models import VOCABULARY, larger
 
 CPU = torch.device("cpu")
@@ -101,7 +101,7 @@ def test_adam_state_scales_rows_and_columns_of_the_gradient(kind):
     assert not torch.allclose(got, scores(model, batch, sketch="none", include_self=False), rtol=0.1)
 
 
-def test_a_saturated_row_is_the_own_term_of_adams_coming_step():
+def test_a_saturated_row_is_the_self_influence_of_adams_coming_step():
     """Where a row's second moments are all alike and one sample alone has a gradient: against Adam's own update."""
     generator = torch.Generator().manual_seed(0)
     gradient_PD = torch.randn(6, 8, generator=generator)
@@ -120,7 +120,7 @@ def test_a_saturated_row_is_the_own_term_of_adams_coming_step():
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "llama", "llama_tied"])
-def test_own_terms_saturate_row_by_row(kind):
+def test_self_influence_saturates_row_by_row(kind):
     """Against loops over a unit's words. Catches one row for each position, rows that units share, a tied weight
     without both its parts, an untied one with both, and another denominator."""
     model, batch = larger(kind).double(), batch_of(words=15)
@@ -172,7 +172,7 @@ def test_sketched_ghost_is_unbiased(kind):
     """Over seeds, the mean comes close to the exact score. Catches places or signs that head and body share."""
     model, batch = larger(kind).double(), batch_of()
     exact = scores(model, batch, sketch="none", include_self=False)
-    sketch = SketchConfig(inputs=1, gradients=128, layers=12)
+    sketch = SketchConfig(input_width=1, logit_width=128, hidden_width=12)
     drawn = [scores(model, batch, seed=seed, sketch=sketch, include_self=False) for seed in range(40)]
     drawn = torch.stack(drawn)
     error = (drawn.mean(0) - exact).abs()
@@ -202,19 +202,19 @@ def test_rows_that_were_never_used_have_finite_factors_and_no_state_scales_nothi
     assert [factor.tolist() for factor in adam_factors(torch.zeros(2), torch.zeros(3))] == [[1.0] * 2, [1.0] * 3]
 
 
-def test_backward_to_inputs_gives_the_same_moments_and_no_weight_a_gradient():
-    """What a validation set's moment is made of."""
+def test_backward_to_inputs_gives_the_same_sketches_and_no_weight_a_gradient():
+    """What a validation set's gradient sketch is made of."""
     model, batch = larger("llama_tied").double(), batch_of()
     config = InfluenceConfig(estimator="ghost", sketch="none")
     found = []
     for to_inputs in (False, True):
-        estimator = Estimator(config, model, 3, CPU, Stopwatch(CPU))
-        with estimator.capture():
-            losses, feedback = token_losses(model(batch.input_ids_BT).logits, batch.labels_BT, estimator.visit)
-        estimator.watch(batch, losses, None)
+        scorer = plain_scorer(config, model, 3)
+        watched = MicroBatch(scorer, batch, Stopwatch(CPU))
+        losses = watched.forward(model)
+        watched.before_backward(None)
         model.zero_grad()
-        estimator.backward_to_inputs(losses) if to_inputs else losses.sum().backward()
+        watched.backward_to_inputs() if to_inputs else losses.sum().backward()
         assert all(p.grad is None for p in model.parameters()) == to_inputs
-        estimator.add(batch, losses.detach(), feedback)
-        found.append(estimator.scores()[0].scores_U)
+        watched.add()
+        found.append(scorer.scores()[0].scores_U)
     assert torch.allclose(*found, rtol=1e-12)

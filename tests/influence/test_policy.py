@@ -112,8 +112,9 @@ def test_reweight_without_a_positive_score_leaves_the_weights():
     flag=st.sampled_from(["lowest", "highest"]),
 )
 def test_never_more_than_the_guard_and_never_a_better_one_before_a_worse(scores, fraction, rule, flag):
-    scores = torch.tensor(scores)
-    policy = replace(PolicyConfig(), rule=rule, flag=flag, rate=0.7, threshold=3.0, max_drop_fraction=fraction)
+    """With a rate that the config takes: where a fraction of a unit is rounded up, the guard bites."""
+    scores, rate = torch.tensor(scores), min(0.7, fraction)
+    policy = replace(PolicyConfig(), rule=rule, flag=flag, rate=rate, threshold=3.0, max_drop_fraction=fraction)
     got = decide(scores, torch.ones(len(scores)), torch.ones(len(scores)) > 0, policy, 1, 0, 0).weights
     assert (got == 0).sum() <= fraction * len(scores) + 1e-6
     if (got == 0).any() and (got == 1).any():

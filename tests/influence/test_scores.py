@@ -3,8 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.influence.appendix_e import SquaredGradient
-from pipeline.influence.scores import influence_scores, unit_moments
+from pipeline.influence.scores import influence_scores, unit_sketches
 from pipeline.influence.sketch import CountSketch, hashed
 from tests.reference.influence import quadruple_loop
 
@@ -18,19 +17,19 @@ from tests.reference.influence import quadruple_loop
     include_self=st.booleans(),
     seed=st.integers(0, 2**16),
 )
-def test_moment_form_equals_the_quadruple_loop_of_eq_4(samples, tokens, widths, vocabulary, include_self, seed):
+def test_sketch_form_equals_the_quadruple_loop_of_eq_4(samples, tokens, widths, vocabulary, include_self, seed):
     generator = torch.Generator().manual_seed(seed)
     inputs = [torch.randn(samples, tokens, d, generator=generator, dtype=torch.float64) for d in widths]
-    feedback = torch.randn(samples, tokens, vocabulary, generator=generator, dtype=torch.float64)
+    gradients = torch.randn(samples, tokens, vocabulary, generator=generator, dtype=torch.float64)
     spans = [(j * tokens, (j + 1) * tokens) for j in range(samples)]
-    moments = unit_moments(torch.cat(inputs, dim=2).flatten(0, 1), feedback.flatten(0, 1), spans)
-    scores = influence_scores(moments, moments.sum(0), own=0.0 if include_self else 1.0)
-    expected = quadruple_loop(inputs, feedback, include_self)
+    sketches = unit_sketches(torch.cat(inputs, dim=2).flatten(0, 1), gradients.flatten(0, 1), spans)
+    scores = influence_scores(sketches, sketches.sum(0), own=0.0 if include_self else 1.0)
+    expected = quadruple_loop(inputs, gradients, include_self)
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-9)
 
 
 def test_positive_helps_a_step_along_the_unit_lowers_the_reference_loss():
-    """Catches the minus of Eq. 4: one linear layer, where a unit's gradient is its moment."""
+    """Catches the minus of Eq. 4: one linear layer, where a unit's gradient is its sketch."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
     x = torch.randn(6, 3, generator=generator, dtype=torch.float64)
@@ -39,9 +38,9 @@ def test_positive_helps_a_step_along_the_unit_lowers_the_reference_loss():
     def losses(w):
         return torch.nn.functional.cross_entropy(x @ w.T, labels, reduction="none")
 
-    feedback = ((x @ weight.T).softmax(1) - torch.nn.functional.one_hot(labels, 5)).detach()
-    moments = unit_moments(x, feedback, [(i, i + 1) for i in range(6)])
-    scores = influence_scores(moments, moments.sum(0), own=0.0)
+    gradients = ((x @ weight.T).softmax(1) - torch.nn.functional.one_hot(labels, 5)).detach()
+    sketches = unit_sketches(x, gradients, [(i, i + 1) for i in range(6)])
+    scores = influence_scores(sketches, sketches.sum(0), own=0.0)
     for i in range(6):
         (gradient,) = torch.autograd.grad(losses(weight)[i], weight)
         fall = (losses(weight).sum() - losses(weight - 1e-6 * gradient).sum()) / 1e-6
@@ -95,16 +94,3 @@ def test_sketch_does_not_advance_the_models_generator():
     state = torch.get_rng_state()
     CountSketch(100, 10, 0, torch.device("cpu"))(torch.zeros(3, 100))
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_squared_gradient_is_the_bias_corrected_mean_over_tokens():
-    """Catches a forgotten bias correction and a mean over micro-batches of sums instead of means."""
-    squares = [torch.tensor([4.0, 0.0]), torch.tensor([30.0, 10.0])]
-    tokens = [4, 10]
-    mean = SquaredGradient(2, decay=0.9, power=0.25, device=torch.device("cpu"))
-    assert mean.scale_V is None
-    for square, count in zip(squares, tokens, strict=True):
-        mean.update(square, count)
-    mean.update(torch.zeros(2), 0)
-    corrected = (0.9 * 0.1 * torch.tensor([1.0, 0.0]) + 0.1 * torch.tensor([3.0, 1.0])) / (1 - 0.9**2)
-    torch.testing.assert_close(mean.scale_V, (corrected + 1e-16).pow(-0.25))

@@ -23,7 +23,7 @@ def test_token_losses_and_gradient_equal_autograd_through_cross_entropy(logits_a
     logits, labels = logits_and_labels
     monkeypatch.setattr(loss_module, "_CHUNK_BYTES_CPU", 4 * 11 * chunk_tokens)
     weights = torch.rand(2, 7, generator=torch.Generator().manual_seed(1))
-    losses, feedback = token_losses(logits, labels, lambda gradient, _: gradient)
+    losses, gradients = token_losses(logits, labels, lambda gradient, _: gradient)
     (ours,) = torch.autograd.grad((losses * weights).sum(), logits)
 
     expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORE)
@@ -31,8 +31,8 @@ def test_token_losses_and_gradient_equal_autograd_through_cross_entropy(logits_a
     (unweighted,) = torch.autograd.grad(expected.sum(), logits)
     torch.testing.assert_close(losses.flatten(), expected)
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(feedback, unweighted.flatten(0, 1))
-    assert (feedback.view(2, 7, 11)[labels == IGNORE] == 0).all()
+    torch.testing.assert_close(gradients, unweighted.flatten(0, 1))
+    assert (gradients.view(2, 7, 11)[labels == IGNORE] == 0).all()
 
 
 def test_visiting_the_gradient_changes_neither_loss_nor_backward(logits_and_labels):

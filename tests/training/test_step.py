@@ -24,7 +24,7 @@ from pipeline.record import ledger
 from pipeline.tasks.causal_lm import token_losses
 from pipeline.train import train
 from pipeline.training.influence_engine import InfluenceEngine
-from tests.reference.influence import token_pair_moments
+from tests.reference.influence import token_pair_sketches
 from tests.runs import ADAM, LEARNING_RATE, config_of, deepspeed_json, ghost_scores, largest_difference, run, weights
 from tests.seams import around_forward, before_backward, on_rank
 
@@ -327,7 +327,7 @@ def test_a_run_resumed_with_another_estimator_gathers_its_memory_anew(ranks, cor
 def reference_scores(config: Config, decay: float) -> list[Tensor]:
     """By loops over steps and samples, with every moment whole, at the weights of the start."""
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path)
-    moment = per_sample_gradients if config.influence.estimator == "ghost" else token_pair_moments
+    moment = per_sample_gradients if config.influence.estimator == "ghost" else token_pair_sketches
     held, scores = None, []
     for step in range(config.max_steps):
         moments = moment(model, samples_of(config).batch(4 * step, 4, CPU))
