@@ -25,6 +25,7 @@ from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
 from pipeline.training.influence_engine import InfluenceEngine
+from pipeline.training.model_check import check_before_training
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -48,7 +49,9 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         reference = None
         if config.influence.reference == "validation":
             reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
-        ds_engine = deepspeed_engine.initialize(load_model(config.model, config.seed, settings), settings)
+        model = load_model(config.model, config.seed, settings)
+        check_before_training(config, model)
+        ds_engine = deepspeed_engine.initialize(model, settings)
         engine = InfluenceEngine(
             ds_engine,
             config.influence,

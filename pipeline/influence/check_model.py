@@ -54,8 +54,8 @@ def check_model(model: PreTrainedModel, seed: int = 0) -> None:
     if wrong:
         shown = ", ".join(f"{name} ({error:.1%} off)" for name, error in list(wrong.items())[:4])
         raise ValueError(
-            f"estimator 'ghost' does not see the true gradients of {len(wrong)} weights of {type(model).__name__}: {shown}. "
-            "Its modules use these weights in a way that is not known here: choose lai, residual or lli, or, to score "
+            f"estimator 'ghost' does not see the true gradients of {len(wrong)} weights of {type(model).__name__}: "
+            f"{shown}. Its modules use these weights in a way that is not known here: choose lai, residual or lli, or, to score "
             "without them being right, influence.check_model false"
         )
 
@@ -83,7 +83,7 @@ def _short(model: PreTrainedModel, seed: int) -> Batch:
 
 @contextmanager
 def _projected_gradients(model: PreTrainedModel, ghost: Ghost) -> Iterator[dict[str, Tensor]]:
-    """Autograd's gradient of every weight of `ghost`, projected as it does; each is given back as soon as it is there."""
+    """Autograd's gradient of every weight of `ghost`, projected as it does; each is freed as soon as it is there."""
     found: dict[str, Tensor] = {}
 
     def project(name: str, gradient: Tensor) -> None:

@@ -1,5 +1,6 @@
 """The causal LM from transformers, with or without ZeRO-3; its linear layers and its head."""
 
+import copy
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -50,6 +51,27 @@ def model_without_weights(config: ModelConfig, dtype: torch.dtype) -> PreTrained
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
+
+
+def small_twin(config: ModelConfig) -> PreTrainedModel:
+    """A model of the same architecture with random weights, whole in float32 on the CPU, of two blocks where its config
+    can be cut so far; for what depends on the architecture only. Not while ZeRO-3 partitions what is made."""
+    name = config.name_or_path
+    settings = AutoConfig.for_model(**json.loads(Path(name).read_text())) if name.endswith(".json") else None
+    settings = settings or AutoConfig.from_pretrained(name)
+    whole = copy.deepcopy(settings)
+    blocks = settings.num_hidden_layers
+    try:
+        for key, value in list(vars(settings).items()):
+            if isinstance(value, list) and len(value) == blocks:
+                setattr(settings, key, value[:_TWIN_BLOCKS])
+        settings.num_hidden_layers = min(blocks, _TWIN_BLOCKS)
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32).train()
+    except (AttributeError, ValueError, TypeError, IndexError, AssertionError):
+        return AutoModelForCausalLM.from_config(whole, dtype=torch.float32).train()
+
+
+_TWIN_BLOCKS = 2
 
 
 def _no_model(config: ModelConfig, error: Exception) -> ValueError:

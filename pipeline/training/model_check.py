@@ -1,0 +1,65 @@
+"""Before the first step: is the model one for the estimator, and how much of it is scored?"""
+
+from collections import Counter
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from pipeline.config.schema import Config
+from pipeline.engine import collectives
+from pipeline.influence.check_model import check_model
+from pipeline.influence.table import CONTROLS
+from pipeline.models.layer import shape_of
+from pipeline.models.layers import layers_of
+from pipeline.models.load import small_twin
+
+LARGEST = 500_000_000
+"""Parameters of a model that is checked itself; of a larger one, or a partitioned one, a small twin is."""
+
+
+def check_before_training(config: Config, model: PreTrainedModel) -> None:
+    """Refuse a model whose true gradients `ghost` would not see (`influence.check_model`), and print which share of the
+    trained parameters is scored. Collective: rank 0 looks, all ranks raise ValueError or none does."""
+    trouble, said = "", ""
+    if collectives.rank() == 0:
+        try:
+            said = scored_share(config, model)
+            if config.influence.estimator == "ghost" and config.influence.check_model:
+                partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+                large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
+                check_model(small_twin(config.model) if large else model)
+        except ValueError as error:
+            trouble = str(error)
+    if trouble := collectives.broadcast(trouble):
+        raise ValueError(trouble)
+    if said:
+        print(said, flush=True)
+
+
+def scored_share(config: Config, model: PreTrainedModel) -> str:
+    """In a sentence; empty for what scores no weight."""
+    name = config.influence.estimator
+    if name in CONTROLS:
+        return ""
+    sizes = {n: _numbers(p) for n, p in model.named_parameters() if p.requires_grad}
+    if name == "lli":
+        return f"influence: lli reads the LM head's input; the model trains {sum(sizes.values()):,} parameters"
+    layers = layers_of(model)
+    scored = layers.weights if name != "lai" else layers.weights - {layers.words.weight} | {layers.head.weight}
+    left = Counter[str]()
+    for parameter, size in sizes.items():
+        if parameter not in scored:
+            left[layers.left_out.get(parameter, "word embedding")] += size
+    every = sum(sizes.values())
+    parts = ", ".join(f"{rule} {size / every:.1%}" for rule, size in left.most_common())
+    share = sum(sizes[parameter] for parameter in scored if parameter in sizes) / every
+    return f"influence: {name} scores {share:.1%} of {every:,} trained parameters" + (
+        f"; left out: {parts}" if parts else ""
+    )
+
+
+def _numbers(parameter: Any) -> int:
+    numbers = 1
+    for size in shape_of(parameter):
+        numbers *= size
+    return numbers
