@@ -55,8 +55,25 @@ def check_model(model: PreTrainedModel, seed: int = 0) -> None:
         shown = ", ".join(f"{name} ({error:.1%} off)" for name, error in list(wrong.items())[:4])
         raise ValueError(
             f"estimator 'ghost' does not see the true gradients of {len(wrong)} weights of {type(model).__name__}: "
-            f"{shown}. Its modules use these weights in a way that is not known here: choose lai, residual or lli, or, to score "
-            "without them being right, influence.check_model false"
+            f"{shown}. Its modules use these weights in a way that is not known here: choose lai, residual or lli, or, "
+            "to score all the same, influence.check_model false"
+        )
+
+
+@torch.no_grad()
+def refuse_seeing_ahead(model: PreTrainedModel, seed: int = 0) -> None:
+    """Raises ValueError where another last token changes what is predicted before it: then the model sees the tokens
+    that it is to predict."""
+    ids_BT, training = _short(model, seed).input_ids_BT, model.training
+    other_BT = ids_BT.clone()
+    other_BT[:, -1] = (ids_BT[:, -1] + 1) % int(ids_BT.max() + 1)
+    model.eval()
+    first, second = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() for ids in (ids_BT, other_BT))
+    model.train(training)
+    if float((first - second).abs().max()) > 1e-3 * float(first.abs().max()):
+        raise ValueError(
+            f"{type(model).__name__} is not causal: it sees the tokens that it is to predict. An encoder needs "
+            "is_decoder true in its config.json; or choose another model"
         )
 
 

@@ -276,7 +276,13 @@ class GhostWatch:
     @torch.no_grad()
     def _passed(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
         with self._how.timed("layer gradients"):
-            sketched_NK = self._how.weights[layer.weight].sketch_inputs(layer.input_rows(args))
+            rows_ND = layer.input_rows(args)
+            if len(rows_ND) != self._batch.labels_BT.numel():
+                raise ValueError(
+                    f"{layer.name} reads {len(rows_ND)} rows where the batch has {self._batch.labels_BT.numel()}, so "
+                    "no unit's gradient could be told; choose influence.estimator lli, loss, random or none"
+                )
+            sketched_NK = self._how.weights[layer.weight].sketch_inputs(rows_ND)
         if layer.name == self._how.head.name:
             self._head_inputs, self._head_output = sketched_NK, output.detach()
         elif output.requires_grad:

@@ -104,5 +104,5 @@ class LaiWatch:
     def backward_to_inputs(self, losses_BT: Tensor) -> None: ...
 
     def take(self, logit_sketch_NG: Tensor) -> SampleGradients:
-        sketches = unit_sketches(self._inputs.take(), logit_sketch_NG, self._batch.spans)
+        sketches = unit_sketches(self._inputs.take(len(logit_sketch_NG)), logit_sketch_NG, self._batch.spans)
         return SampleGradients(sketches.flatten(1), sketches.new_zeros(len(sketches), dtype=torch.float64))

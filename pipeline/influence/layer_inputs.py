@@ -72,10 +72,15 @@ class WatchedInputs:
             self._flush()
         self._shared = None
 
-    def take(self) -> Tensor:
-        """inputs_NK, handed over: a second call finds none."""
+    def take(self, positions: int) -> Tensor:
+        """inputs_NK, handed over: a second call finds none. Raises ValueError where they are not of N `positions`."""
         inputs, self._inputs = self._inputs, []
         assert inputs, "no layer of the model was called inside the `with`"
+        if len(inputs[0]) != positions:
+            raise ValueError(
+                f"linear layers of this model read {len(inputs[0])} rows of a batch of {positions} positions, so no unit "
+                "could be told; choose influence.estimator loss, random or none"
+            )
         return inputs[0] if self._how.width is not None else torch.cat(inputs, dim=1)
 
     def _read(self, name: str, args: tuple[Any, ...]) -> None:
@@ -98,6 +103,11 @@ class WatchedInputs:
                 norm = torch.linalg.vector_norm(input_ND, dtype=dtype)
                 self.norms |= dict.fromkeys(self._readers, (norm.square() / len(input_ND)).sqrt())
             scale = sqrt(float(len(self._readers))) * how.scales.get(name, 1.0)
+            if self._inputs and len(self._inputs[0]) != len(input_ND):
+                raise ValueError(
+                    f"{name} reads {len(input_ND)} rows where other layers read {len(self._inputs[0])}: they are not "
+                    "the positions of the batch, so no unit could be told; choose influence.estimator lli, loss or none"
+                )
             if how.width is None:
                 self._inputs.append(input_ND.to(dtype) * scale)
             else:

@@ -150,7 +150,7 @@ class ResidualWatch:
         how, spans, feedback = self._how, self._batch.spans, logit_sketch_NG
         widths = [feedback.shape[1] - self._projection_VK.shape[1], self._projection_VK.shape[1]]
         feedback_NG, residual_NK = feedback.split(widths, dim=1)
-        body = unit_sketches(self._inputs.take().to(feedback.dtype), residual_NK, spans)
+        body = unit_sketches(self._inputs.take(len(feedback)).to(feedback.dtype), residual_NK, spans)
         ends_UKG = unit_sketches(self._head_inputs_NK.to(feedback.dtype), feedback_NG, spans)
         rows_NK = how.words.row_gradients(self._ids_N, residual_NK)
         if how.words_scale_V is not None:

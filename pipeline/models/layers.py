@@ -1,5 +1,6 @@
 """All weight matrices of a model at work, and which trained weights are none."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -38,6 +39,7 @@ class Layers:
 
 
 VECTOR = "norms, biases and other vectors"
+_POSITIONS = re.compile("pos|wpe|token_type|segment|lang")
 POSITIONS = "embeddings of positions and of token types"
 SEQUENCE = "convolutions along the sequence and state matrices"
 """Of state-space layers."""
@@ -56,8 +58,8 @@ def layers_of(model: PreTrainedModel) -> Layers:
     scored |= {layer.down for layer in linear.values() if isinstance(layer, Experts)}
     others = {
         names[id(module.weight)]
-        for module in model.modules()
-        if isinstance(module, nn.Embedding) and id(module.weight) in names
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Embedding) and id(module.weight) in names and _POSITIONS.search(name.split(".")[-1])
     }
     convolutions = {
         names[id(module.weight)]

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import Config
 from pipeline.engine import collectives
-from pipeline.influence.check_model import check_model
+from pipeline.influence.check_model import check_model, refuse_seeing_ahead
 from pipeline.influence.table import CONTROLS
 from pipeline.models.layer import shape_of
 from pipeline.models.layers import layers_of
@@ -18,16 +18,18 @@ LARGEST = 500_000_000
 
 
 def check_before_training(config: Config, model: PreTrainedModel) -> None:
-    """Refuse a model whose true gradients `ghost` would not see (`influence.check_model`), and print which share of the
-    trained parameters is scored. Collective: rank 0 looks, all ranks raise ValueError or none does."""
+    """Refuse a model that is not causal, or whose true gradients `ghost` would not see (`influence.check_model`);
+    print which share of the trained parameters is scored. Collective: rank 0 looks, all ranks raise or none does."""
     trouble, said = "", ""
     if collectives.rank() == 0:
         try:
             said = scored_share(config, model)
+            partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+            large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
+            looked_at = small_twin(config.model) if large else model
+            refuse_seeing_ahead(looked_at)
             if config.influence.estimator == "ghost" and config.influence.check_model:
-                partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-                large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
-                check_model(small_twin(config.model) if large else model)
+                check_model(looked_at)
         except ValueError as error:
             trouble = str(error)
     if trouble := collectives.broadcast(trouble):

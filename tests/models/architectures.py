@@ -14,9 +14,9 @@ import sys
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,9 +32,11 @@ import pipeline
 from pipeline.config.schema import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit, next_token_labels
+from pipeline.influence.check_model import check_model
 from pipeline.influence.micro_batch import MicroBatch
 from pipeline.influence.table import scorer_of
-from pipeline.models.layers import Layer, layers_of
+from pipeline.models.experts import Router, is_experts
+from pipeline.models.layers import layers_of
 from pipeline.models.second_moments import SecondMoments
 from pipeline.tasks.causal_lm import token_losses
 from tests.models.tiny_configs import PAD, tiny_config
@@ -270,8 +272,13 @@ def inner_products(
             continue
         each = torch.stack([gradient[name] for gradient in gradients])
         if second:
-            rows, columns = second.means[name]
-            each = each * (rows[:, None] * columns / rows.mean()).double() ** -0.25
+            parts = (
+                [second.means[name]]
+                if each.dim() == 3
+                else [second.means[f"{name}[{e}]"] for e in range(each.shape[1])]
+            )
+            scales = [(rows[:, None] * columns / rows.mean()).double() ** -0.25 for rows, columns in parts]
+            each = each * (scales[0] if each.dim() == 3 else torch.stack(scales))
         pairs_BB += each.flatten(1) @ each.flatten(1).T
     return _scored(pairs_BB, include_self)
 
@@ -281,14 +288,8 @@ def _scored(pairs_BB: Tensor, include_self: bool) -> Tensor:
 
 
 def claimed_by(model: PreTrainedModel) -> set[str]:
-    """Names of all weights in some `Layer`."""
-    found = layers_of(model)
-    layers: list[Layer] = []
-    for each in (getattr(found, each.name) for each in fields(found)):
-        layers += [
-            layer for layer in (each.values() if isinstance(each, Mapping) else [each]) if isinstance(layer, Layer)
-        ]
-    return {layer.weight for layer in layers}
+    """Names of all weights that ghost says it scores."""
+    return layers_of(model).weights
 
 
 def random_second_moments(model: PreTrainedModel) -> SecondMoments:
@@ -298,6 +299,9 @@ def random_second_moments(model: PreTrainedModel) -> SecondMoments:
         if parameter.dim() == 2:
             square = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) ** 4
             means[name] = (square.mean(1), square.mean(0))
+        elif parameter.dim() == 3:
+            square = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype) ** 4
+            means |= {f"{name}[{e}]": (one.mean(1), one.mean(0)) for e, one in enumerate(square)}
     return SecondMoments(means, 0.95, 3)
 
 
@@ -345,7 +349,11 @@ def _first_sentence(error: BaseException) -> str:
 def compare_lai(model: PreTrainedModel, batch: Batch) -> Cell:
     def pair() -> tuple[Tensor, Tensor]:
         got = scores(model, batch, estimator="lai", include_self=False)
-        modules = [module for module in model.modules() if isinstance(module, nn.Linear | Conv1D)]
+        modules = [
+            module
+            for module in model.modules()
+            if isinstance(module, nn.Linear | Conv1D) or is_experts(module) or Router.fits(module)
+        ]
         return got, token_pair_scores(model, batch, modules, include_self=False)
 
     return compared(pair)
@@ -363,6 +371,7 @@ def compare_ghost(model: PreTrainedModel, batch: Batch, gradients: list[dict[str
     second = random_second_moments(model) if adam else None
 
     def pair(include_self: bool) -> tuple[Tensor, Tensor]:
+        check_model(model)
         got = scores(model, batch, second, estimator="ghost", include_self=include_self)
         return got, inner_products(gradients, claimed_by(model), include_self, second)
 
