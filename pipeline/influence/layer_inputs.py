@@ -78,7 +78,7 @@ class WatchedInputs:
         assert inputs, "no layer of the model was called inside the `with`"
         if len(inputs[0]) != positions:
             raise ValueError(
-                f"linear layers of this model read {len(inputs[0])} rows of a batch of {positions} positions, so no unit "
+                f"linear layers of this model read {len(inputs[0])} rows where the batch has {positions}, so no unit "
                 "could be told; choose influence.estimator loss, random or none"
             )
         return inputs[0] if self._how.width is not None else torch.cat(inputs, dim=1)

@@ -110,6 +110,7 @@ class ResidualWatch:
     def __init__(self, how: Residual, batch: Batch, norms: bool) -> None:
         self._how, self._batch, self._inputs = how, batch, how.inputs.watch(norms)
         self._tokens = 0
+        self._gain_D: Tensor | float | None = None
 
     def __enter__(self) -> Self:
         self._inputs.__enter__()
@@ -190,6 +191,11 @@ class ResidualWatch:
     @torch.no_grad()
     def _unembedded(self, args: tuple[Any, ...], output: Tensor) -> None:
         self._head_output = output.detach()
+        if self._gain_D is None:
+            raise ValueError(
+                f"{type(self._how.norm).__name__}, taken for the norm before the LM head, does not run before it, so "
+                "estimator 'residual' knows no way back from the head; choose another estimator"
+            )
         how, head = self._how, self._how.head
         with how.timed("layer inputs"):
             self._head_inputs_NK = hashed(how.sketch_h, head.input_rows(args), how.head_scale_D)

@@ -35,7 +35,7 @@ def watched(model, width=None, seed=0, norms=False):
 def test_exact_inputs_count_every_module_that_reads_them(kind):
     """Catches a shared q, k, v input that counts once, or sqrt(3) times, instead of three times."""
     model = tiny(kind)
-    inputs = watched(model)[0].take()
+    inputs = watched(model)[0].take(IDS.numel())
     expected = sum(x @ x.T for x in inputs_by_hand(model).values())
     torch.testing.assert_close(inputs @ inputs.T, expected)
 
@@ -49,7 +49,7 @@ def test_layers_with_scales_of_their_own_share_nothing(kind):
     how.scales = {name: torch.rand(x.shape[1]) + 0.5 for name, x in seen.items()}
     with how.watch() as watch:
         model(input_ids=IDS)
-    inputs = watch.take()
+    inputs = watch.take(IDS.numel())
     expected = sum((x * how.scales[name]) @ (x * how.scales[name]).T for name, x in seen.items())
     torch.testing.assert_close(inputs @ inputs.T, expected)
 
@@ -61,7 +61,7 @@ def test_sketched_inputs_estimate_the_exact_ones():
     estimates = []
     for seed in range(300):
         with torch.no_grad():
-            inputs = watched(model, 32, seed)[0].take()
+            inputs = watched(model, 32, seed)[0].take(IDS.numel())
         estimates.append(inputs @ inputs.T)
     estimates = torch.stack(estimates)
     error = estimates.std(0) / len(estimates) ** 0.5
@@ -70,18 +70,18 @@ def test_sketched_inputs_estimate_the_exact_ones():
 
 def test_recomputation_under_activation_checkpointing_is_not_recorded_again():
     model = tiny("llama").train()
-    plain = watched(model, 32)[0].take()
+    plain = watched(model, 32)[0].take(IDS.numel())
     model.activation_checkpointing_enable({"use_reentrant": False})
     first, logits = watched(model, 32)
     second, others = watched(model, 32)
-    inputs = first.take()
+    inputs = first.take(IDS.numel())
     before = inputs.clone()
     logits.sum().backward()
     others.sum().backward()
     assert torch.equal(inputs, before)
     torch.testing.assert_close(inputs, plain)
     # Nor where the backward comes before the inputs are taken.
-    torch.testing.assert_close(second.take(), plain)
+    torch.testing.assert_close(second.take(IDS.numel()), plain)
 
 
 def test_nothing_is_left_on_the_model_even_after_an_error():
@@ -101,10 +101,10 @@ def test_each_forward_has_a_watch_of_its_own_that_is_taken_once():
         model(input_ids=IDS)
     with second:
         model(input_ids=IDS.flip(0))
-    taken = first.take()
-    torch.testing.assert_close(second.take(), taken.unflatten(0, IDS.shape).flip(0).flatten(0, 1))
+    taken = first.take(IDS.numel())
+    torch.testing.assert_close(second.take(IDS.numel()), taken.unflatten(0, IDS.shape).flip(0).flatten(0, 1))
     with pytest.raises(AssertionError):
-        first.take()
+        first.take(IDS.numel())
 
 
 def test_norms_are_root_mean_squares_over_tokens_where_they_are_asked_for():
