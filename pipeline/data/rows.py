@@ -41,6 +41,9 @@ def batch_of(given: Mapping[str, Any], first: int, device: torch.device, unit: s
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}, which does not fit input_ids {tuple(ids_BT.shape)}"
             )
+    metadata = given.get("metadata")
+    if metadata is not None and len(metadata) != len(ids_BT):
+        raise ValueError(f"metadata has {len(metadata)} objects for {len(ids_BT)} sequences")
     if (unit == "document") != ("unit_ids" in given):
         raise ValueError("influence.unit 'document' and unit_ids in every micro-batch go together")
     labels_BT = next_token_labels(labels)
@@ -92,13 +95,13 @@ class Rows:
         """The sequences at these positions of the order, padded to the longest without labels."""
         rows = [self._rows[self._order.row(position)] for position in positions]
         tensors = [{name: torch.as_tensor(value) for name, value in row.items() if name != "metadata"} for row in rows]
+        for row in tensors:
+            ids_T = row["input_ids"]
+            row.setdefault("labels", ids_T.where(row.get("attention_mask", torch.ones_like(ids_T)) != 0, IGNORE))
         length = max(len(row["input_ids"]) for row in tensors)
-        padding = {"labels": IGNORE, "unit_ids": NO_UNIT}
         stacked = {}
         for name in tensors[0].keys() - {"unit_ids"}:
-            padded = [F.pad(row[name], (0, length - len(row[name])), value=padding.get(name, 0)) for row in tensors]
+            value = IGNORE if name == "labels" else 0
+            padded = [F.pad(row[name], (0, length - len(row[name])), value=value) for row in tensors]
             stacked[name] = torch.stack(padded)
-        if "labels" not in stacked:
-            labels = [F.pad(row["input_ids"], (0, length - len(row["input_ids"])), value=IGNORE) for row in tensors]
-            stacked["labels"] = torch.stack(labels)
         return batch_of(stacked, positions[0], device, "sequence")

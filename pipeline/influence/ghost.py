@@ -184,12 +184,12 @@ class GhostWatch:
         self._logits_NV = logits_BTV.detach().flatten(0, -2)
         if self._how.path is None:
             self._how.path = logit_path(self._head_output.flatten(0, -2), self._logits_NV, self._how.cap)
+        self._path = self._how.path or LogitPath()
         self._head_output = None
 
     def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
-        assert self._how.path is not None
         first, self._tokens = self._tokens, self._tokens + len(gradient_nV)
-        output_nV = self._how.path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
+        output_nV = self._path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
         return self._how.weights[self._how.head.weight].sketch_outputs(output_nV)
 
     def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None:
@@ -232,9 +232,8 @@ class GhostWatch:
         labelled_N = batch.labels_BT.flatten() != IGNORE
         labels_N = batch.labels_BT.flatten().where(labelled_N, 0)
         feedback_N = torch.expm1(-losses_BT.flatten()).where(labelled_N, 0.0)
-        assert how.path is not None
         own_N1 = self._logits_NV.gather(1, labels_N[:, None])
-        feedback_N = how.path.to_output(feedback_N[:, None], own_N1)[:, 0]
+        feedback_N = self._path.to_output(feedback_N[:, None], own_N1)[:, 0]
         parts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         parts[how.head.weight].append((labels_N, self._head_inputs * feedback_N[:, None]))
         parts[how.words.weight].append(self._embedded_rows)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import InfluenceConfig
@@ -130,9 +130,8 @@ class ResidualWatch:
 
     def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
         """(n, G + K): g_t, and e_t, of the next n tokens of the forward."""
-        assert self._how.path is not None
         first, self._tokens = self._tokens, self._tokens + len(gradient_nV)
-        gradient_nV = self._how.path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
+        gradient_nV = self._path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
         scale_n1 = self._inverse_sigma_N1[first : self._tokens]
         residual_nK = (gradient_nV @ self._projection_VK.to(gradient_nV.dtype)) * scale_n1
         return torch.cat([hashed(self._how.sketch_g, gradient_nV, self._how.head_scale_V), residual_nK], dim=1)
@@ -141,6 +140,7 @@ class ResidualWatch:
         self._logits_NV = logits_BTV.detach().flatten(0, -2)
         if self._how.path is None:
             self._how.path = logit_path(self._head_output.flatten(0, -2), self._logits_NV, self._how.cap)
+        self._path = self._how.path or LogitPath()
         del self._head_output
 
     def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None: ...
@@ -185,8 +185,9 @@ class ResidualWatch:
                 )
             if how.rule is None:
                 how.rule = norm_rule(norm, input_ND, output.detach().flatten(0, -2))
-            self._inverse_sigma_N1 = how.rule.inverse_sigma(input_ND)
-            self._gain_D = how.rule.gain_of(norm)
+            rule = how.rule or NormRule(isinstance(norm, nn.LayerNorm), 1e-6, "none")  # nothing is finite
+            self._inverse_sigma_N1 = rule.inverse_sigma(input_ND)
+            self._gain_D = rule.gain_of(norm)
 
     @torch.no_grad()
     def _unembedded(self, args: tuple[Any, ...], output: Tensor) -> None:

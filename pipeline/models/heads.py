@@ -54,8 +54,9 @@ class NormRule(NamedTuple):
         return weight_D if self.gain == "weight" else 1 + weight_D
 
 
-def norm_rule(norm: Any, input_ND: Tensor, output_ND: Tensor) -> NormRule:
-    """The rule by which a norm makes this output of this input. Raises ValueError where none does."""
+def norm_rule(norm: Any, input_ND: Tensor, output_ND: Tensor) -> NormRule | None:
+    """The rule by which a norm makes this output of this input; None where no position is finite. Raises ValueError
+    where none does."""
     stated = getattr(norm, "eps", getattr(norm, "variance_epsilon", None))
     gains = ["weight", "1 + weight"] if getattr(norm, "weight", None) is not None else ["none"]
     centrings = [True] if isinstance(norm, nn.LayerNorm) else [False, True]
@@ -67,8 +68,11 @@ def norm_rule(norm: Any, input_ND: Tensor, output_ND: Tensor) -> NormRule:
     ]
     if output_ND.is_meta:  # there is nothing to tell it by
         return rules[0]
+    finite_N = (input_ND.isfinite() & output_ND.isfinite()).all(1)
+    if not finite_N.any():
+        return None
     tolerance = 1e-3 if output_ND.dtype in (torch.float32, torch.float64) else 5e-2
-    output_ND = output_ND.to(input_ND.dtype)
+    input_ND, output_ND = input_ND[finite_N], output_ND[finite_N].to(input_ND.dtype)
     if getattr(norm, "bias", None) is not None:
         output_ND = output_ND - norm.bias.detach()
     for rule in rules:
@@ -96,12 +100,15 @@ class LogitPath(NamedTuple):
         return gradient_nV if self.scale == 1.0 else gradient_nV * self.scale
 
 
-def logit_path(output_NV: Tensor, logits_NV: Tensor, cap: float | None) -> LogitPath:
-    """The path that these are the ends of; `cap`: the soft cap that the model's config names. Raises ValueError where
-    it is another."""
+def logit_path(output_NV: Tensor, logits_NV: Tensor, cap: float | None) -> LogitPath | None:
+    """The path that these are the ends of; `cap`: the soft cap that the model's config names. None where no position is
+    finite. Raises ValueError where it is another."""
     if output_NV.is_meta:  # there is nothing to tell it by
         return LogitPath()
-    x_nV, y_nV = (tensor[:_SHOWN].detach().double() for tensor in (output_NV, logits_NV))
+    finite_n = (output_NV[:_SHOWN].isfinite() & logits_NV[:_SHOWN].isfinite()).all(1)
+    if not finite_n.any():
+        return None
+    x_nV, y_nV = (tensor[:_SHOWN][finite_n].detach().double() for tensor in (output_NV, logits_NV))
     tolerance = 1e-5 if output_NV.dtype in (torch.float32, torch.float64) else 2e-2
     straight_nV = y_nV if cap is None else cap * torch.atanh(y_nV / cap)
     scale = float((straight_nV * x_nV).sum() / x_nV.square().sum().clamp(min=1e-30))

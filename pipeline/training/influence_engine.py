@@ -32,7 +32,8 @@ class InfluenceEngine:
             outcome = engine.train_step(micro_batches)
 
     in place of the loop's forward, `backward` and `step`. Batch sizes, precision, optimizer, clipping, accumulation and
-    ZeRO are the engine's own. Nothing is written; `state_dict` belongs into the loop's own checkpoints.
+    ZeRO are the engine's own. Nothing is written; `state_dict` belongs into the loop's own checkpoints. `timed.read()`
+    says where the time went; on an accelerator it is to be called now and then, or the events it holds pile up.
 
     `reference`: the sequences whose loss counts with `influence.reference: validation`, a sized, indexable collection
     of dicts as in a batch, but one sequence each. `norms_every_steps`: when norms of layer inputs are wanted in the
@@ -125,8 +126,8 @@ class InfluenceEngine:
             first = start + shop.rank * self.size
             batch = given if isinstance(given, Batch) else self._batch_of(given, first)
             batches.append(batch)
-            if not isinstance(given, Batch):
-                metadata |= dict(enumerate(given.get("metadata", []), start=first))
+            if not isinstance(given, Batch) and given.get("metadata") is not None:
+                metadata |= dict(enumerate(given["metadata"], start=first))
         shop.stop_requested, skipped = stop_requested, self._engine.skipped_steps
         self._refresh(step)
         decided, norm = self._take(step, batches)
@@ -154,6 +155,13 @@ class InfluenceEngine:
                 f"a micro-batch has {len(batch.input_ids_BT)} sequences, more than the {self.size} of the engine's "
                 "train_micro_batch_size_per_gpu"
             )
+        for name, tensor in batch.others.items():
+            if tensor.shape != batch.input_ids_BT.shape and not isinstance(self._take, OnePass):
+                raise ValueError(
+                    f"{name} has shape {tuple(tensor.shape)}, and only tensors of shape (B, T) can go with a sequence "
+                    f"to another rank, as they do with estimator '{self._influence.estimator}' and influence.passes "
+                    f"'{self._influence.passes}': leave it out, or choose lai and one"
+                )
         return batch
 
     def _disagreement(self, step: int, decided: list[Decided]) -> float | None:

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.schema import InfluenceConfig, SketchConfig
 from pipeline.data.batch import Batch, Unit, next_token_labels
+from pipeline.models.experts import Experts
 from pipeline.models.layers import POSITIONS, VECTOR, Layer, head_of, layers_of
 from tests.runs import forward_scores, plain_scorer
 from tests.tiny_models import VOCABULARY, tiny
@@ -140,18 +141,28 @@ def test_the_head_is_the_lm_head_alone():
         head_of(headless)
 
 
-@pytest.mark.parametrize("estimator", ["lai", "residual", "ghost"])
 @pytest.mark.parametrize("kind", ["mixtral", "olmoe"])
-def test_experts_that_no_layer_covers_are_refused_by_name_with_their_share(kind, estimator):
-    """Catches a score that leaves half of the model out in silence."""
+def test_experts_and_routers_are_layers(kind):
+    """Catches a score that leaves half of the model out: every expert's two matrices, and the router's one."""
     model = mixture_of_experts(kind)
-    bare = {name: p.numel() for name, p in model.named_parameters() if ".mlp." in name}
-    share = sum(bare.values()) / sum(p.numel() for p in model.parameters())
-    assert 0.4 < share < 0.5
-    with pytest.raises(ValueError, match=f"trains {len(bare)} weights, {share:.0%} of its parameters") as refused:
+    found = layers_of(model)
+    inside = {name for name, _ in model.named_parameters() if ".mlp." in name}
+    assert inside <= found.weights
+    experts = [layer for layer in found.linear.values() if isinstance(layer, Experts)]
+    assert [len(layer.matrices) for layer in experts] == [2 * 4, 2 * 4]
+    assert {(m.inputs, m.outputs) for m in experts[0].matrices.values()} == {(16, 48), (24, 16)}
+
+
+@pytest.mark.parametrize("estimator", ["lai", "residual", "ghost"])
+def test_weights_that_no_layer_covers_are_refused_by_name_with_their_share(estimator):
+    """Catches a score that leaves weights out in silence."""
+    model = mixture_of_experts("mixtral")
+    model.model.layers[0].extra = nn.Parameter(torch.ones(40, 16))
+    share = 640 / sum(p.numel() for p in model.parameters())
+    with pytest.raises(ValueError, match=f"trains 1 weights, {share:.0%} of its parameters") as refused:
         plain_scorer(InfluenceConfig(estimator=estimator), model, 0)
     assert type(model).__name__ in str(refused.value)
-    assert "model.layers.0.mlp.experts.gate_up_proj 4x48x16" in str(refused.value)
+    assert "model.layers.0.extra 40x16" in str(refused.value)
     assert "lli" in str(refused.value)
 
 
