@@ -10,8 +10,7 @@ from pipeline.config.schema import InfluenceConfig, SketchConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.influence.adam import adam_factors
-from pipeline.influence.micro_batch import forward_losses
-from pipeline.influence.table import make
+from pipeline.influence.micro_batch import MicroBatch
 from pipeline.models.heads import final_norm
 from pipeline.models.second_moments import SecondMoments
 from tests.runs import forward_scores, plain_scorer
@@ -135,12 +134,12 @@ def test_it_is_the_true_gradient_where_the_model_is_a_head_on_a_norm_on_an_embed
     losses = F.cross_entropy(logits.transpose(1, 2), batch.labels_BT, ignore_index=IGNORE, reduction="none")
     of_words, of_head = torch.autograd.grad(losses.sum(), [words, rows])
 
-    estimator = make(InfluenceConfig(estimator="residual", sketch="none"), model, 3, CPU, Stopwatch(CPU))
-    watch = estimator.watch(batch)
-    with torch.no_grad(), watch:
-        found, kept = forward_losses(model, batch, watch.visit)
+    scorer = plain_scorer(InfluenceConfig(estimator="residual", sketch="none"), model, 3)
+    watched = MicroBatch(scorer, batch, Stopwatch(CPU))
+    with torch.no_grad():
+        found = watched.forward(model)
     assert torch.allclose(found, losses, atol=1e-4)
-    sketch = watch.take(kept).sketch_UM.sum(0)
+    sketch = watched.gradients().sketch_UM.sum(0)
     size = rows.numel()
     tied = embed.weight is head.weight
     parts = [of_head + of_words] if tied else [of_head, of_words]
