@@ -38,6 +38,9 @@ class DataConfig:
     reference_files: str | list[str] | None = None
     """Documents whose loss counts with `influence.reference: validation`, in the same forms. Others than `eval_files`,
     or these no longer tell what was gained. Default: none."""
+    leave_out: str | list[int] | None = None
+    """Training documents whose tokens are neither read nor learned, by their id in the prepared dataset, as the ledger
+    names them: a list, or a file of ids apart by spaces, commas or lines. Nothing is prepared anew. Default: none."""
     sequence_length: int = 1024
     """Tokens per packed sequence."""
     text_field: str = "text"
