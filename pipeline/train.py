@@ -28,7 +28,7 @@ from pipeline.engine.checkpoints import (
 from pipeline.engine.json_check import check_deepspeed_json, notes
 from pipeline.engine.lost_contact import exit_on_lost_contact
 from pipeline.engine.resume import changed_settings, refuse_earlier_end
-from pipeline.influence.table import check_config, check_effect, owns_accumulation
+from pipeline.influence.table import check_effect, owns_accumulation
 from pipeline.models.load import load_model
 from pipeline.record.recorder import Recorder
 from pipeline.record.starts import Start, keep_start
@@ -37,6 +37,7 @@ from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
 from pipeline.training.influence_engine import InfluenceEngine
+from pipeline.training.rules import check_run
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -178,12 +179,7 @@ class StopSignal:
 
 def parse(prog: str, argv: list[str] | None = None) -> Config:
     """The config of a run; what does not go together ends the process with a message."""
-
-    def rules(config: Config, settings: dict[str, Any]) -> None:
-        check_deepspeed_json(config, settings)
-        check_config(config, settings)
-
-    return cli.parse(prog, argv, Config, rules)
+    return cli.parse(prog, argv, Config, check_run)
 
 
 def main(argv: list[str] | None = None) -> None:
