@@ -219,7 +219,8 @@ class ObserveConfig:
 @dataclass(frozen=True)
 class Config:
     run_dir: str
-    """Where the run lives: config.yaml, checkpoints/, ledger/, tensorboard/, model/, summary.json."""
+    """Where the run lives: config.yaml (one of every start, too), checkpoints/, ledger/, tensorboard/, model/,
+    summary.json."""
     deepspeed_config: str
     """DeepSpeed's own JSON: batch sizes, accumulation, precision, optimizer, scheduler (its total_num_steps may say
     "auto": max_steps), clipping, ZeRO."""
