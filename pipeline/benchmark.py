@@ -20,6 +20,7 @@ from pipeline.cost.measure import measure
 from pipeline.cost.plan import plan
 from pipeline.cost.tables import print_plan, print_tables
 from pipeline.engine import collectives
+from pipeline.engine.json_check import check_deepspeed_json
 from pipeline.engine.lost_contact import exit_on_lost_contact
 
 
@@ -43,6 +44,7 @@ def main(argv: list[str] | None = None) -> None:
         "pipeline.benchmark",
         [option for option in options if option != "--plan"],
         BenchmarkRun,
+        check_deepspeed_json,
         epilog="--plan: run nothing, estimate the cost on benchmark.ranks ranks; any model, no launcher.",
     )
     if "--plan" in options:

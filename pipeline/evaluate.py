@@ -18,13 +18,13 @@ from pipeline.data.prepared import ensure_prepared, load_report, load_split
 from pipeline.engine import collectives, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import find_checkpoint
-from pipeline.influence.table import check_config
 from pipeline.models.load import load_model
 from pipeline.training.evaluation import evaluate
+from pipeline.training.rules import check_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse("pipeline.evaluate", argv, Config, check_config)
+    config = parse("pipeline.evaluate", argv, Config, check_run)
     with exit_on_user_error("pipeline.evaluate"):
         if config.data.eval_files is None:
             raise ValueError("data.eval_files is not set: there is nothing to evaluate on")

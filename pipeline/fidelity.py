@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.cli import exit_on_user_error, parse
+from pipeline.engine.json_check import check_deepspeed_json
 from pipeline.evidence.config import FidelityRun
 from pipeline.evidence.fidelity_scores import measure
 
@@ -43,7 +44,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse("pipeline.fidelity", argv, FidelityRun)
+    config = parse("pipeline.fidelity", argv, FidelityRun, check_deepspeed_json)
     with exit_on_user_error("pipeline.fidelity"):
         report = measure(config)
     print_table(report["rows"])

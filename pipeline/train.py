@@ -8,24 +8,37 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import cli
-from pipeline.config.cli import exit_on_user_error
+from pipeline.config.cli import exit_on_refused_file, exit_on_user_error
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
-from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_split
+from pipeline.data.leave_out import left_out
+from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_report, load_split
 from pipeline.data.samples import Samples
 from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.agreement import startup_identity
-from pipeline.engine.checkpoints import Progress, find_checkpoint, identity_of, move_aside, publish, refuse_foreign
+from pipeline.engine.checkpoints import (
+    Progress,
+    find_checkpoint,
+    identity_of,
+    move_aside,
+    publish,
+    refuse_foreign,
+    settings_of,
+)
+from pipeline.engine.json_check import check_deepspeed_json, notes
 from pipeline.engine.lost_contact import exit_on_lost_contact
-from pipeline.influence.table import check_config, owns_accumulation
+from pipeline.engine.resume import changed_settings, refuse_earlier_end
+from pipeline.influence.table import check_effect, owns_accumulation
 from pipeline.models.load import load_model
 from pipeline.record.recorder import Recorder
+from pipeline.record.starts import Start, keep_start
 from pipeline.record.summary import print_summary
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
 from pipeline.training.influence_engine import InfluenceEngine
 from pipeline.training.model_check import check_before_training
+from pipeline.training.rules import check_run
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -35,17 +48,24 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     """
     end = until or config.max_steps
     with exit_on_user_error("pipeline.train"):
+        settings = read_deepspeed_config(config)
+        check_deepspeed_json(config, settings)
         ensure_prepared(config)
         device = launch.join_process_group()
         rank, world = collectives.rank(), collectives.world_size()
-        collectives.agree(startup_identity(config))
+        leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
+        collectives.agree(startup_identity(config) | {"data.leave_out": str(leave_out)})
+        said = notes(config, settings) + check_effect(config, settings, world)
         checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
-        settings = read_deepspeed_config(config)
+        written_under, changed = settings, list[str]()
         if owns_accumulation(config.influence):
             settings["managed_gradient_accumulation"] = False
         if checkpoint:
+            refuse_earlier_end(checkpoint, end)
             settings = deepspeed_engine.config_to_load(checkpoint, identity_of(checkpoint)["engine"], settings)
-        samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
+            changed = changed_settings(checkpoint, settings_of(checkpoint), written_under)
+        train_split = load_split(config.data.prepared_dir, "train")
+        samples = Samples(train_split, config.seed, config.influence.unit, leave_out)
         reference = None
         if config.influence.reference == "validation":
             reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
@@ -71,15 +91,16 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
         if checkpoint:
             refuse_foreign(checkpoint, identity)
             progress = Progress(**deepspeed_engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
-            for what in engine.load_state_dict(progress.influence):
-                if rank == 0:
-                    print(f"resume: {what}", flush=True)
-
-    recorder = None
-    if rank == 0:
-        if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
-            move_aside(Path(config.run_dir))
-        recorder = Recorder(config, samples, engine.step)
+            changed += engine.load_state_dict(progress.influence)
+        recorder = None
+        if rank == 0:
+            for what in [f"note: {each}" for each in said] + [f"resume: {each}" for each in changed]:
+                print(what, flush=True)
+            if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
+                move_aside(Path(config.run_dir))
+            where = (engine.step, engine.position, world, engine.size * world, engine.accumulation)
+            keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out))
+            recorder = Recorder(config, samples, engine.step)
 
     def hold_out() -> None:
         """Held-out figures of the model as it is, kept for the end and shown in TensorBoard."""
@@ -94,7 +115,10 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     while engine.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
         learning_rate = ds_engine.get_lr()[0]
         batches = samples.micro_batches(engine.position, rank, world, engine.size, engine.accumulation, device)
-        outcome = engine.train_step(batches, stop.requested)
+        try:
+            outcome = engine.train_step(batches, stop.requested)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}. {what_now(checkpoint)}") from error
         step, seconds = outcome.step, engine.timed.read()
         if recorder:
             scalars = {
@@ -116,7 +140,7 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
                 # Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the
                 # other way round it would lose them.
                 recorder.commit(step)
-                publish(checkpoint, identity, config.checkpoint.keep)
+                publish(checkpoint, identity, config.checkpoint.keep, written_under)
 
     summary = None
     if engine.step == end:
@@ -129,12 +153,19 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     if unhealthy == config.policy.stop_after_non_finite:
         raise FloatingPointError(
             f"stopped after step {engine.step}: in {unhealthy} steps in a row a loss, score or gradient was not "
-            "finite (policy.stop_after_non_finite); the ledger says which units. A checkpoint was written: lower the "
-            "learning rate or leave these documents out, and resume"
+            f"finite (policy.stop_after_non_finite); the ledger says which units. {what_now(checkpoint)}"
         )
     if stop.agreed and rank == 0:
         print(f"stopped by a signal after step {engine.step}; --resume auto goes on from there", flush=True)
     return summary
+
+
+def what_now(checkpoint: Path | None) -> str:
+    """What to do after numbers that are not finite, with the newest checkpoint, where there is one."""
+    mend = "lower the learning rate in the DeepSpeed JSON, or leave documents out (data.leave_out, ids of the ledger)"
+    if checkpoint:
+        return f"{checkpoint} is whole: {mend}, and go on with --resume {checkpoint}"
+    return f"There is no checkpoint yet: {mend}, and start anew"
 
 
 class StopSignal:
@@ -151,12 +182,12 @@ class StopSignal:
 
 def parse(prog: str, argv: list[str] | None = None) -> Config:
     """The config of a run; what does not go together ends the process with a message."""
-    return cli.parse(prog, argv, Config, check_config)
+    return cli.parse(prog, argv, Config, check_run)
 
 
 def main(argv: list[str] | None = None) -> None:
     config = parse("pipeline.train", argv)
-    with exit_on_lost_contact("pipeline.train"):
+    with exit_on_refused_file("pipeline.train"), exit_on_lost_contact("pipeline.train"):
         if config.dry_run:
             with exit_on_user_error("pipeline.train"):
                 dry_run(config, train)

@@ -16,7 +16,7 @@ from pipeline.config.cli import exit_on_user_error, parse
 from pipeline.config.schema import Config
 from pipeline.evidence.invariance import invariance
 from pipeline.evidence.ledger_check import check_ledger
-from pipeline.influence.table import check_config
+from pipeline.training.rules import check_run
 
 # The command
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.command == "ledger":
             sound = _print_ledgers(arguments.run_dirs)
         else:
-            config = parse("pipeline.verify invariance", options, Config, check_config)
+            config = parse("pipeline.verify invariance", options, Config, check_run)
             sound = invariance(config, arguments.steps, arguments.only, arguments.timeout)
     sys.exit(0 if sound else 1)
 

@@ -30,6 +30,14 @@ def ranks() -> Iterator[Ranks]:
     pair.stop()
 
 
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[Ranks]:
+    """A rank alone."""
+    alone = Ranks(1)
+    yield alone
+    alone.stop()
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real documents and models, where the checkout has them beside it."""

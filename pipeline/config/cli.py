@@ -1,5 +1,6 @@
 """The command line: YAML plus dotted overrides to a checked config, and back."""
 
+import errno
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from jsonargparse import set_parsing_settings
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.differences import flat
 from pipeline.config.schema import Config
+from pipeline.config.writing import FULL, NotWritten
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -89,10 +91,42 @@ def _keys(arguments: Sequence[str]) -> Iterator[str]:
 def exit_on_user_error(prog: str) -> Iterator[None]:
     """End the process with the message and exit code 2 where the input is at fault; other errors keep their trace."""
     try:
-        yield
+        with exit_on_refused_file(prog):
+            yield
     except ValueError as error:
         print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+
+
+@contextmanager
+def exit_on_refused_file(prog: str) -> Iterator[None]:
+    """End the process with the message where the operating system refuses a file or directory: exit code 2, or 1 where
+    a run could not write what it made; other errors keep their trace."""
+    try:
+        yield
+    except NotWritten as error:
+        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except OSError as error:
+        if error.filename is None or error.errno not in _REFUSED:
+            raise
+        files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
+        print(f"{prog}: error: {files}: {error.strerror}; {_REFUSED[error.errno]}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+_DENIED = "this user may not read or write there: change its owner or its mode, or name another place"
+_NO_PLACE = "there is something else in the way of this directory: name another place, or move that away"
+_REFUSED = {
+    errno.EACCES: _DENIED,
+    errno.EPERM: _DENIED,
+    errno.EROFS: "the file system is mounted for reading only: name another place",
+    errno.ENOTDIR: _NO_PLACE,
+    errno.EEXIST: _NO_PLACE,
+    errno.ENAMETOOLONG: "name a shorter path",
+    **dict.fromkeys(FULL, "make room, or name another place"),
+}
+"""What the operating system refuses a user, and what to do."""
 
 
 def to_yaml(config: Config) -> str:

@@ -38,6 +38,9 @@ class DataConfig:
     reference_files: str | list[str] | None = None
     """Documents whose loss counts with `influence.reference: validation`, in the same forms. Others than `eval_files`,
     or these no longer tell what was gained. Default: none."""
+    leave_out: str | list[int] | None = None
+    """Training documents whose tokens are neither read nor learned, by their id in the prepared dataset, as the ledger
+    names them: a list, or a file of ids apart by spaces, commas or lines. Nothing is prepared anew. Default: none."""
     sequence_length: int = 1024
     """Tokens per packed sequence."""
     text_field: str = "text"
@@ -219,7 +222,8 @@ class ObserveConfig:
 @dataclass(frozen=True)
 class Config:
     run_dir: str
-    """Where the run lives: config.yaml, checkpoints/, ledger/, tensorboard/, model/, summary.json."""
+    """Where the run lives: config.yaml (one of every start, too), checkpoints/, ledger/, tensorboard/, model/,
+    summary.json."""
     deepspeed_config: str
     """DeepSpeed's own JSON: batch sizes, accumulation, precision, optimizer, scheduler (its total_num_steps may say
     "auto": max_steps), clipping, ZeRO."""

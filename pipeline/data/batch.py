@@ -35,6 +35,8 @@ class Unit:
     span: Span
     document_ids: list[int]
     subset: str
+    left_out: bool = False
+    """Some of its documents are in `data.leave_out`."""
 
 
 @dataclass(frozen=True)

@@ -85,6 +85,16 @@ def resolve(files: str | list[str]) -> list[str]:
     return sources
 
 
+def gone(files: str | list[str]) -> list[str]:
+    """Those of the entries that are no file any more: a path or glob that matches nothing."""
+    return [
+        entry
+        for entry in ([files] if isinstance(files, str) else files)
+        if not (Path(entry).exists() or glob.glob(entry, recursive=True) or entry == BUILTIN)
+        and (entry.endswith(SUFFIXES) or not HUB_ID.fullmatch(entry))
+    ]
+
+
 def _document(record: object, file: str, line: int, text_field: str, subset_field: str) -> Document | Problem:
     """A document of a decoded record, or what keeps it from being one."""
     if not isinstance(record, dict):

@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,18 +25,22 @@ from datasets import Dataset, load_from_disk
 
 from pipeline.config.differences import changes
 from pipeline.config.launcher import launched_rank
-from pipeline.config.schema import Config
+from pipeline.config.schema import BUILTIN, Config, InfluenceConfig
+from pipeline.data.corpus import gone
 from pipeline.data.document import Split
 from pipeline.data.fingerprint import fingerprint
 from pipeline.data.packing import _write_split
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
+
+RAW = ("train_files", "eval_files", "reference_files", "planted_foreign_files")
+"""Keys of `data` that name raw files."""
 
 
 def ensure_prepared(config: Config) -> None:
     """On rank 0, prepare where `data.prepared_dir` is missing; on the others, wait for it. Before any process group.
 
     Raises ValueError, on rank 0, where it was made of something else; held-out splits that the config does not ask for
-    are no difference.
+    are no difference, and neither are raw files that are gone: what was prepared from them is what counts.
     """
     directory = Path(config.data.prepared_dir)
     if rank := launched_rank():
@@ -49,7 +54,7 @@ def ensure_prepared(config: Config) -> None:
     if not (directory / "fingerprint.json").exists():
         return prepare(config)
     old = load_fingerprint(directory)
-    new = fingerprint(config, load_tokenizer(config), known=old)
+    new = _fingerprint_of_what_is_left(config, old)
     if config.data.reference_files is None:
         old.pop("reference_files", None)
         if config.data.eval_files is None:
@@ -59,6 +64,32 @@ def ensure_prepared(config: Config) -> None:
             f"data.prepared_dir: {directory} was prepared from something else:\n{differences}\n"
             "Run `python -m pipeline.prepare --config ...` to replace it, or choose another data.prepared_dir."
         )
+
+
+def _fingerprint_of_what_is_left(config: Config, old: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint, in which files that are gone are taken for those that `old` knows."""
+    left: dict[str, Any] = {}
+    for name in RAW:
+        files = getattr(config.data, name)
+        if files is not None and old.get(name) and (missing := gone(files)):
+            where = f"what {config.data.prepared_dir} holds of it" + (
+                f" (and {len(missing) - 1} more)" * (len(missing) > 1)
+            )
+            print(f"data.{name}: {missing[0]} is gone; going on with {where}", flush=True)
+            left[name] = [entry for entry in ([files] if isinstance(files, str) else files) if entry not in missing]
+    # Where none is left something stands in that always is there, for as long as the others are looked at.
+    here: dict[str, Any] = {name: files or (BUILTIN if name in RAW[:2] else None) for name, files in left.items()}
+    seen = replace(config, data=replace(config.data, **here), influence=InfluenceConfig())
+    new = fingerprint(seen, load_tokenizer(config), known=old)
+    for name, files in left.items():
+        known = [_without_time(file) for file in old[name]]
+        if not files or all(_without_time(file) in known for file in new[name]):
+            new[name] = old[name]
+    return new
+
+
+def _without_time(file: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in file.items() if key != "modified"}
 
 
 def prepare(config: Config) -> None:

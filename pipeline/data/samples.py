@@ -1,5 +1,7 @@
 """Packed sequences -> batches."""
 
+from collections.abc import Collection
+
 import datasets
 import numpy as np
 import torch
@@ -9,12 +11,17 @@ from pipeline.data.order import Order
 
 
 class Samples:
-    """The packed sequences of a split in a seeded order (`Order`), and the units in them."""
+    """The packed sequences of a split in a seeded order (`Order`), and the units in them.
 
-    def __init__(self, rows: datasets.Dataset, seed: int, unit: str) -> None:
+    Documents in `leave_out` are there in name only: token 0 stands for each of theirs, and no position in them, and
+    none that would predict a token of theirs, has a label. Order, shapes and units stay what they are.
+    """
+
+    def __init__(self, rows: datasets.Dataset, seed: int, unit: str, leave_out: Collection[int] = ()) -> None:
         self._rows = rows.with_format("numpy")
         self._documents = self._rows.select_columns(["document_ids", "subset"])
         self._order, self._unit = Order(len(rows), seed), unit
+        self._leave_out = np.array(sorted(leave_out), dtype=np.int64)
 
     def epoch(self, position: int) -> int:
         """How often all sequences were seen before `position`."""
@@ -37,7 +44,10 @@ class Samples:
         rows = self._at(self._rows, positions)
         ids_BT = torch.from_numpy(np.stack(rows["input_ids"]).astype(np.int64))
         documents_BT = torch.from_numpy(np.stack(rows["document_ids"]))
-        labels_BT = next_token_labels(ids_BT.where(documents_BT != PADDING, IGNORE))
+        left_out_BT = torch.from_numpy(np.isin(documents_BT.numpy(), self._leave_out))
+        labels_BT = next_token_labels(ids_BT.where((documents_BT != PADDING) & ~left_out_BT, IGNORE))
+        labels_BT = labels_BT.where(~left_out_BT, IGNORE)
+        ids_BT = ids_BT.where(~left_out_BT, 0)
         return Batch(ids_BT.to(device), labels_BT.to(device), self._units_of(rows, positions))
 
     def units(self, position: int, size: int) -> list[Unit]:
@@ -71,7 +81,8 @@ class Samples:
             for group in [[part] for part in parts] if self._unit == "document" else [parts]:
                 span = (row * length + group[0][2], row * length + group[-1][3])
                 documents = [document for document, *_ in group]
-                units.append(Unit(positions[row], sample_id, span, documents, _largest_subset(group)))
+                left_out = bool(len(self._leave_out)) and bool(np.isin(documents, self._leave_out).any())
+                units.append(Unit(positions[row], sample_id, span, documents, _largest_subset(group), left_out))
         return units
 
 

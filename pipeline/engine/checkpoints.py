@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.config.differences import changes
 from pipeline.config.schema import Config
+from pipeline.config.writing import NotWritten, not_written
 
 MANIFEST = "manifest.json"
 
@@ -88,6 +89,11 @@ def identity_of(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / MANIFEST).read_text())["identity"]
 
 
+def settings_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The DeepSpeed settings that `checkpoint` was written under; None where it does not say."""
+    return json.loads((checkpoint / MANIFEST).read_text()).get("settings")
+
+
 def refuse_foreign(checkpoint: Path, identity: dict[str, Any]) -> None:
     """Raises ValueError, naming each key that differs, where `checkpoint` was not written by a run like this one.
 
@@ -102,32 +108,31 @@ def refuse_foreign(checkpoint: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def publish(checkpoint: Path, identity: dict[str, Any], keep: int) -> None:
+def publish(checkpoint: Path, identity: dict[str, Any], keep: int, settings: dict[str, Any] | None = None) -> None:
     """Make `checkpoint`, of which every rank has written its part, the newest; keep `keep` and remove the others.
+    `settings`: DeepSpeed's, which a resume holds its own against.
 
     The manifest says that it is whole, and `latest`, replaced by a rename, comes after it: killed at any moment, a run
     resumes from a whole checkpoint. Later ones than this belong to a future that an older resume gave up. Raises
     OSError where they cannot be written.
     """
     files = {path.name: path.stat().st_size for path in sorted(checkpoint.glob("*.pt"))}
+    manifest = {"files": files, "identity": identity} | ({"settings": settings} if settings else {})
     try:
-        _write(checkpoint / MANIFEST, json.dumps({"files": files, "identity": identity}, indent=2))
+        _write(checkpoint / MANIFEST, json.dumps(manifest, indent=2))
         _write(checkpoint.parent / "latest", checkpoint.name)
     except OSError as error:
-        raise not_written(checkpoint, error) from error
+        raise checkpoint_not_written(checkpoint, error) from error
     saved = sorted(checkpoint.parent.glob("step-*"), key=_step)
     kept = [path for path in saved if _step(path) <= _step(checkpoint)][-keep:]
     for old in set(saved) - set(kept):
         shutil.rmtree(old)
 
 
-def not_written(checkpoint: Path, error: Exception) -> OSError:
+def checkpoint_not_written(checkpoint: Path, error: Exception) -> NotWritten:
     """What to raise where a part of `checkpoint` could not be written."""
-    free = shutil.disk_usage(checkpoint.parent).free / 1e6
-    return OSError(
-        f"{checkpoint} could not be written ({error}); {free:.0f} MB are free there. The one before it is whole: make "
-        "room and go on with --resume auto"
-    )
+    before = (checkpoint.parent / "latest").is_file()
+    return not_written(checkpoint, error, "The one before it is whole" if before else "")
 
 
 def move_aside(run_dir: Path) -> None:

@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 
 from pipeline.engine import collectives
 from pipeline.engine.checkpoint_files import _convert
-from pipeline.engine.checkpoints import not_written
+from pipeline.engine.checkpoints import checkpoint_not_written
 from pipeline.engine.launch import device
+from pipeline.engine.schedule import bring_to
 
 
 def config_to_load(checkpoint: Path, saved: dict[str, Any], deepspeed_config: dict[str, Any]) -> dict[str, Any]:
@@ -52,6 +53,8 @@ def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> Deep
     engine, *_ = deepspeed.initialize(
         model=model, model_parameters=list(model.parameters()), config=deepspeed_config, dist_init_required=False
     )
+    if engine.lr_scheduler is not None:
+        bring_to(engine.lr_scheduler, 0)
     return engine
 
 
@@ -73,7 +76,7 @@ def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, 
     try:
         engine.save_checkpoint(str(checkpoint.parent), tag=checkpoint.name, client_state=state, save_latest=False)
     except (OSError, RuntimeError) as error:
-        raise not_written(checkpoint, error) from error
+        raise checkpoint_not_written(checkpoint, error) from error
     collectives.barrier()
 
 
@@ -91,15 +94,29 @@ def identity(engine: DeepSpeedEngine) -> dict[str, Any]:
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:
-    """Put the engine into the state saved in `checkpoint` and return `keys` of what was saved with it. Collective.
+    """Put the engine, as `initialize` returned it, into the state saved in `checkpoint` and return `keys` of what was
+    saved with it. Collective.
+
+    Weights, moments, loss scale and counts of steps are the checkpoint's. The optimizer's settings, clipping and the
+    schedule are the engine's own JSON's: DeepSpeed would take settings and clipping from the checkpoint, and of the
+    schedule its place from there and its shape from here, so that the rate jumps one step late.
 
     DeepSpeed unpickles checkpoints in full: load only what you trust.
     """
     universal = engine.load_universal_checkpoint()
     source = _universal_form(checkpoint) if universal else checkpoint
-    path, state = engine.load_checkpoint(str(source.parent), tag=source.name)
+    optimizer, clipping = engine.basic_optimizer, getattr(engine.optimizer, "clip_grad", None)
+    # What an optimizer knows by itself (FusedAdam: its step count) is in its groups too, and not among its defaults.
+    own = [{key: group[key] for key in optimizer.defaults if key in group} for group in optimizer.param_groups]
+    path, state = engine.load_checkpoint(str(source.parent), tag=source.name, load_lr_scheduler_states=False)
     if path is None:
         raise ValueError(f"resume: DeepSpeed could not load {checkpoint}; its messages above say why")
+    for group, settings in zip(optimizer.param_groups, own, strict=True):
+        group.update(settings)
+    if clipping is not None:
+        engine.optimizer.clip_grad = clipping
+    if engine.lr_scheduler is not None:
+        bring_to(engine.lr_scheduler, engine.global_steps - engine.skipped_steps)
     if universal:
         # ZeRO-3 gives all its sub-groups one step counter, which torch's Adam would advance once for each of them.
         for adam in engine.basic_optimizer.state.values():
@@ -150,8 +167,7 @@ def take_step(engine: DeepSpeedEngine) -> float | None:
             norm = float(collectives.all_reduce_sum(torch.tensor(norm, device=device())))
         if not math.isfinite(norm):
             raise FloatingPointError(
-                f"the gradient of step {engine.global_steps + 1} is not finite; nothing was updated. The newest "
-                "checkpoint is from before: lower the learning rate, look at the documents, resume"
+                f"the gradient of step {engine.global_steps + 1} is not finite; nothing was updated"
             )
     engine.step()
     if boundary and norm is None and (kept := engine.get_global_grad_norm()) is not None:

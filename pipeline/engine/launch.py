@@ -32,11 +32,20 @@ def join_process_group() -> torch.device:
     elif not {"RANK", *launcher.MPI_RANKS} & os.environ.keys():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = str(free.getsockname()[1])
+            free_port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-        os.environ.setdefault("MASTER_PORT", port)
+        os.environ.setdefault("MASTER_PORT", free_port)
     # Under mpirun DeepSpeed would put its own default in the place of MASTER_PORT.
-    deepspeed.init_distributed(verbose=False, distributed_port=int(os.environ.get("MASTER_PORT", 29500)))
+    port = int(os.environ.get("MASTER_PORT", 29500))
+    try:
+        deepspeed.init_distributed(verbose=False, distributed_port=port)
+    except RuntimeError as error:
+        if not ("EADDRINUSE" in str(error) or "address already in use" in str(error).lower()):
+            raise
+        raise ValueError(
+            f"port {port} on this host is taken, perhaps by another job: choose another one with --master_port of the "
+            "launcher (deepspeed, torchrun), or export MASTER_PORT (plain python, srun, mpirun)"
+        ) from None
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     lost_contact.introduce()  # with the device set: NCCL's collectives happen there

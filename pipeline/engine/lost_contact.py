@@ -103,7 +103,7 @@ def exit_on_lost_contact(prog: str) -> Iterator[None]:
         here = _peers[rank()]
         print(
             f"\n{prog}: error: rank {here.rank} on {here.host} lost contact: {what}. This rank ends here ({error}). "
-            "The newest checkpoint is unharmed: start all ranks again with --resume auto",
+            "Start all ranks again with --resume auto: it goes on from the newest checkpoint, if there is one",
             file=sys.stderr,
             flush=True,
         )

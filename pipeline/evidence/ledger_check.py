@@ -1,7 +1,7 @@
 """The proof from a ledger that nothing was lost or repeated."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from pipeline.data.prepared import load_split
 from pipeline.data.samples import Samples
 from pipeline.evidence.invariance import first_few
 from pipeline.record import ledger
+from pipeline.record.starts import Start, start_of, starts_of
 
 _CHUNK = 512
 
@@ -24,12 +25,13 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     """What is in the ledger of `run_dir`, in one line, and everything in it that cannot be: none where no sample was
     lost or repeated.
 
-    Sound is: every position from 0 to the last scored once, in order (with `unit: document`, each document of it
-    once); the sample and documents at each position are those that the seed puts there, where the prepared dataset
-    still lies at `data.prepared_dir` (else no sample comes twice in an epoch); steps from 1, each of as many
-    micro-batches of as many sequences; parts named after their steps; kept exactly where the weight is positive; no
-    checkpoint of a later step (of an earlier one it may be: stopped between the two writes). Raises ValueError where
-    there is no run.
+    Sound is: every position from 0 (of a run that went on from another's checkpoint: from there) to the last scored
+    once, in order (with `unit: document`, each document of it once); the sample and documents at each position are
+    those that the seed puts there, where the prepared dataset still lies at `data.prepared_dir` (else no sample comes
+    twice in an epoch); steps from 1, each of as many micro-batches of as many sequences as the start that it ran under
+    (`record.starts`) says, or else as the others; parts named after their steps; kept exactly where the weight is
+    positive; no checkpoint of a later step (of an earlier one it may be: stopped between the two writes). Raises
+    ValueError where there is no run.
     """
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
         raise ValueError(f"{run_dir} is no run directory: config.yaml or ledger/ is missing")
@@ -41,7 +43,8 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
         violations.append(f"the newest checkpoint is of step {saved}, the ledger ends at step {last}")
     if rows.empty:
         return "no units yet", violations
-    checks = [_gaps_and_repeats(rows), _steps(rows), _kept_without_weight(rows)]
+    starts = starts_of(run_dir)
+    checks = [_gaps_and_repeats(rows, starts), _steps(rows, starts), _kept_without_weight(rows)]
     try:
         samples = Samples(load_split(prepared_dir, "train"), config["seed"], config["influence"]["unit"])
     except ValueError:
@@ -87,12 +90,12 @@ def _at(rows: pd.DataFrame, index: int) -> str:
     return f"position {row.position} (step {row.step}, micro-step {row.micro_step}, {row.file})"
 
 
-def _gaps_and_repeats(rows: pd.DataFrame) -> Iterator[str]:
+def _gaps_and_repeats(rows: pd.DataFrame, starts: Sequence[Start]) -> Iterator[str]:
     """A sequence scored as a whole has one list of documents, so a repeated position repeats its documents too."""
     position = rows["position"].to_numpy()
     for index in _where(rows.duplicated(["position", "documents"])):
         yield f"{_at(rows, index)} was scored before: documents {list(rows['documents'][index])}"
-    for before, after in pairwise(np.unique(np.append(position, -1))):
+    for before, after in pairwise(np.unique(np.append(position, starts[0].position - 1 if starts else -1))):
         if after != before + 1:
             at = _at(rows, int(np.argmax(position == after)))
             yield f"positions {before + 1}..{after - 1} are missing before {at}"
@@ -104,19 +107,24 @@ def _where(mask: Any) -> list[int]:
     return np.flatnonzero(mask).tolist()
 
 
-def _steps(rows: pd.DataFrame) -> Iterator[str]:
-    for missing in sorted(set(range(1, rows["step"].max() + 1)) - set(rows["step"])):
+def _steps(rows: pd.DataFrame, starts: Sequence[Start]) -> Iterator[str]:
+    first = starts[0].step + 1 if starts else 1
+    for missing in sorted(set(range(first, rows["step"].max() + 1)) - set(rows["step"])):
         yield f"step {missing} is missing"
     for index in _where(np.diff(rows["step"] * len(rows) + rows["micro_step"], prepend=0) < 0):
         yield f"{_at(rows, index)} comes after a later step"
     sequences = rows.groupby(["step", "micro_step"])["position"].nunique()
-    usual = sequences.mode()[0]
-    for (step, micro_step), count in sequences[sequences != usual].items():
-        yield f"step {step}, micro-step {micro_step} has {count} sequences, others {usual}"
-    accumulation = rows.groupby("step")["micro_step"].nunique().mode()[0]
+    usual, often = sequences.mode()[0], rows.groupby("step")["micro_step"].nunique().mode()[0]
+    others = "others" if not starts else "its run then"
+    for (step, micro_step), count in sequences.items():
+        right = start_of(starts, step).sequences if starts else usual
+        if count != right:
+            yield f"step {step}, micro-step {micro_step} has {count} sequences, {others} {right}"
     for step, micro_steps in rows.groupby("step")["micro_step"].unique().items():
+        accumulation = start_of(starts, step).accumulation if starts else often
         if sorted(micro_steps) != list(range(accumulation)):
-            yield f"step {step} has micro-steps {sorted(map(int, micro_steps))}, not 0..{accumulation - 1} as others"
+            found = sorted(map(int, micro_steps))
+            yield f"step {step} has micro-steps {found}, not 0..{accumulation - 1} as {others}"
 
 
 def _kept_without_weight(rows: pd.DataFrame) -> Iterator[str]:

@@ -101,6 +101,44 @@ def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, 
         )
 
 
+def check_effect(config: Config, settings: dict[str, Any], ranks: int) -> list[str]:
+    """What of influence and policy has no effect in a run on so many ranks, in sentences for people to read before it.
+
+    Raises ValueError where the policy could never act, however long the run: a step or two of a long run is a trial,
+    but this is a mistake.
+    """
+    policy, influence, found = config.policy, config.influence, list[str]()
+    if influence.estimator == "none" or policy.action == "observe":
+        return found
+    together = settings["train_micro_batch_size_per_gpu"] * ranks
+    accumulation = settings.get("gradient_accumulation_steps", 1)
+    what = "the global micro-batch"
+    if influence.scope == "step":
+        together, what = together * accumulation, "the step"
+    cap = int(policy.max_drop_fraction * together + 1e-9)
+    remedy = (
+        "; take a larger train_micro_batch_size_per_gpu or more ranks"
+        + (", or influence.scope step" if accumulation > 1 and influence.scope != "step" else "")
+        + ", or policy.action observe"
+    )
+    if influence.unit == "sequence" and together == 1 and policy.action == "reweight":
+        raise ValueError(f"policy.action 'reweight' has one sequence in {what}, whose weight is always 1{remedy}")
+    if influence.unit == "sequence" and policy.action == "drop" and cap == 0:
+        raise ValueError(
+            f"policy.max_drop_fraction {policy.max_drop_fraction} of the {together} sequence{'s' * (together > 1)} of "
+            f"{what} is less than one, so nothing can ever be dropped; raise it to {1 / together:.3g} or more"
+            f"{remedy.replace('; take', ', take')}"
+        )
+    if policy.warmup_steps >= config.max_steps:
+        found.append(
+            f"policy.warmup_steps {policy.warmup_steps} is as long as the run (max_steps {config.max_steps}): nothing "
+            "will be dropped or reweighted; lower it"
+        )
+    if policy.action == "drop" and policy.rule == "rate" and policy.rate == 0:
+        found.append("policy.rate 0 flags nothing: nothing will be dropped; raise it, or set policy.action to observe")
+    return found
+
+
 def check_config(config: Config, settings: dict[str, Any]) -> None:
     """`check` of a run's config: the rules that the command line wants."""
     audits = config.observe.audit_every_steps is not None

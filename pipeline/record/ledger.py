@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.config.writing import not_written
+
 SCHEMA = pa.schema(
     [
         ("step", pa.int64()),  # optimizer step, from 1
@@ -73,10 +75,9 @@ class Ledger:
                 return
             self._writer.close()
         except OSError as error:
-            raise OSError(
-                f"{self._directory} could not be written ({error}); the newest checkpoint and its rows are from "
-                "before: make room and go on with --resume auto"
-            ) from error
+            before = (self._directory.parent / "checkpoints" / "latest").is_file()
+            whole = "Whole are the newest checkpoint and its rows" if before else ""
+            raise not_written(self._directory, error, whole) from error
         self._writer = None
         self._partial.rename(self._part(self._next_step, step))
         self._next_step = step + 1

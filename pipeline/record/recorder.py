@@ -96,7 +96,12 @@ class Recorder:
         """Ledger rows of the global micro-batch of `size` sequences at `where`: its step, micro_step and position."""
         units, table = self._samples.units(where["position"], size), part.units
         tokens = [int(count) for count in table.tokens.tolist()]
-        weights = part.decision.weights.tolist()
+        weights, reasons = part.decision.weights.tolist(), list(part.decision.reasons)
+        for index, unit in enumerate(units):
+            if unit.left_out and not reasons[index]:
+                reasons[index] = "left_out"
+                # Without a label its weight never mattered.
+                weights[index] = weights[index] if tokens[index] else 0.0
         return ledger.table(
             {
                 **where,
@@ -110,7 +115,7 @@ class Recorder:
                 "loss": [loss / max(count, 1) for loss, count in zip(table.losses.tolist(), tokens, strict=True)],
                 "score": table.scores.tolist(),
                 "kept": [weight > 0 for weight in weights],
-                "reason": part.decision.reasons,
+                "reason": reasons,
                 "weight": weights,
             }
         )

@@ -133,5 +133,5 @@ def refuse_broken_weights(losses_BT: Tensor, step: int) -> None:
     if collectives.all_reduce_sum((~losses_BT.isfinite()).sum()) > 0:
         raise FloatingPointError(
             f"step {step}: the loss is not finite even without the samples in question, so the weights are broken; "
-            "nothing was updated. The newest checkpoint is from before: lower the learning rate and resume"
+            "nothing was updated"
         )

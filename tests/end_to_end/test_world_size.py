@@ -1,7 +1,7 @@
 """A run goes on at another number of ranks, through DeepSpeed's universal checkpoint, as the run that it was."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,6 @@ from tests.runs import ADAM, config_of, deepspeed_json, largest_difference, run,
 STEPS = 6
 GLOBAL_MICRO_BATCH = 4
 SCHEDULE = {"type": "WarmupCosineLR", "params": {"total_num_steps": "auto", "warmup_num_steps": 2}}
-
-
-@pytest.fixture(scope="module")
-def one_rank() -> Iterator[Ranks]:
-    alone = Ranks(1)
-    yield alone
-    alone.stop()
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,13 @@
+"""What the command line of a run is checked against, before there is any process group."""
+
+from typing import Any
+
+from pipeline.config.schema import Config
+from pipeline.engine.json_check import check_deepspeed_json
+from pipeline.influence.table import check_config
+
+
+def check_run(config: Config, settings: dict[str, Any]) -> None:
+    """Raises ValueError where the DeepSpeed JSON cannot be used, or does not go with the config."""
+    check_config(config, settings)
+    check_deepspeed_json(config, settings)
