@@ -4,18 +4,29 @@ deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstar
 """
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import cli
 from pipeline.config.cli import exit_on_user_error
 from pipeline.config.deepspeed_json import read_deepspeed_config
+from pipeline.config.launcher import launched_rank
+from pipeline.config.ownership import owned
 from pipeline.config.schema import Config
 from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_split
 from pipeline.data.samples import Samples
 from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.agreement import startup_identity
-from pipeline.engine.checkpoints import Progress, find_checkpoint, identity_of, move_aside, publish, refuse_foreign
+from pipeline.engine.checkpoints import (
+    Progress,
+    find_checkpoint,
+    identity_of,
+    move_aside,
+    publish,
+    refuse_foreign,
+    refuse_foreign_run_dir,
+)
 from pipeline.engine.lost_contact import exit_on_lost_contact
 from pipeline.influence.table import check_config, owns_accumulation
 from pipeline.models.load import load_model
@@ -32,6 +43,15 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
 
     `until` ends it earlier, as if it were done. Returns the summary of a run that is done, on rank 0. Collective.
     """
+    with ExitStack() as ownership:
+        with exit_on_user_error("pipeline.train"):
+            if launched_rank() == 0:
+                ownership.enter_context(owned(config.run_dir, "run_dir"))
+                refuse_foreign_run_dir(Path(config.run_dir))
+        return _train(config, until)
+
+
+def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     end = until or config.max_steps
     with exit_on_user_error("pipeline.train"):
         ensure_prepared(config)
@@ -75,7 +95,8 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     recorder = None
     if rank == 0:
         if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
-            move_aside(Path(config.run_dir))
+            with exit_on_user_error("pipeline.train"):
+                move_aside(Path(config.run_dir))
         recorder = Recorder(config, samples, engine.step)
 
     def hold_out() -> None:
