@@ -46,8 +46,8 @@ def join_process_group() -> torch.device:
     deepspeed.init_distributed(verbose=False, distributed_port=int(os.environ.get("MASTER_PORT", 29500)))
     if expected not in (None, collectives.world_size()):
         raise ValueError(
-            f"the environment says that there are {expected} ranks, and {collectives.world_size()} came together. Under "
-            "mpirun, use the MPI that mpi4py was built with; else start with deepspeed or torchrun"
+            f"the environment says that there are {expected} ranks, and {collectives.world_size()} came together. "
+            "Under mpirun, use the MPI that mpi4py was built with; else start with deepspeed or torchrun"
         )
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))

@@ -11,7 +11,7 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from pipeline.config.schema import ModelConfig
-from pipeline.models.weights import one_sentence, refuse_incomplete, refuse_pointers
+from pipeline.models.weights import check_weights
 
 
 def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -20,25 +20,23 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     `name_or_path` is a hub id or a directory with weights, or a `*.json` model config: then the weights are random,
     from `seed`. Raises ValueError where there is no such model, or its weights are not all there.
     """
+    if not config.name_or_path.endswith(".json"):
+        try:
+            check_weights(config)  # before partitions are made: there, transformers names less
+        except OSError as error:
+            raise _no_model(config, error) from error
     # Alive while the model is made, this makes transformers load and initialise ZeRO-3 partitions correctly, tied
     # weights included; a bare deepspeed.zero.Init initialises GPT-Neo wrongly.
     zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None
     torch.manual_seed(seed)
-    found: dict[str, Any] = {}
     try:
         if config.name_or_path.endswith(".json"):
             model = _from_scratch(json.loads(Path(config.name_or_path).read_text()), zero3=is_deepspeed_zero3_enabled())
         else:
-            refuse_pointers(config.name_or_path)
-            with one_sentence(config):
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    config.name_or_path, dtype=torch.float32, output_loading_info=True
-                )
+            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise error if str(error).startswith("model.name_or_path") else _no_model(config, error) from error
+        raise _no_model(config, error) from error
     del zero3
-    if found:
-        refuse_incomplete(config, found)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()

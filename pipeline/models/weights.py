@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
 from pipeline.config.schema import ModelConfig
 
@@ -16,6 +17,17 @@ POINTERS = {
     b"# xet version ": "`git xet checkout`",
     b"/annex/objects/": "`git annex get`",
 }
+
+
+def check_weights(config: ModelConfig) -> None:
+    """Raises ValueError where the model's files were never fetched, are cut or corrupt, have other shapes than its
+    config says, or hold too few weights or too many. Compares names and shapes on the meta device, which takes seconds
+    and no memory, and is the same on every rank at every ZeRO stage."""
+    name = config.name_or_path
+    refuse_pointers(name)
+    with one_sentence(config):
+        _, found = AutoModelForCausalLM.from_pretrained(name, device_map="meta", output_loading_info=True)  # type: ignore[misc]
+    refuse_incomplete(config, found)
 
 
 def refuse_pointers(directory: str) -> None:
@@ -39,9 +51,17 @@ def one_sentence(config: ModelConfig) -> Iterator[None]:
     try:
         yield
     except (SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).split("\n")[0].removesuffix(".")
+        reason = str(error).splitlines()[0].removesuffix(".") if str(error) else "it ends too soon"
         raise ValueError(
-            f"model.name_or_path: the weights of '{config.name_or_path}' are cut or corrupt ({reason}); fetch them again"
+            f"model.name_or_path: the weights of '{config.name_or_path}' are cut or corrupt ({reason}); fetch "
+            "them again"
+        ) from error
+    except OSError as error:
+        if error.errno is None:  # transformers' own words: nothing there
+            raise
+        raise ValueError(
+            f"model.name_or_path: the weights of '{config.name_or_path}' cannot be read ({error}); they are cut, or "
+            "not yours to read"
         ) from error
     except RuntimeError as error:
         # torch's own message where a file is no archive, and transformers' where a shape is another.
