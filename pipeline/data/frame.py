@@ -48,9 +48,11 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, data: DataConfig | None = None)
 def frame_identity(tokenizer: PreTrainedTokenizerBase | None, data: DataConfig) -> dict[str, Any]:
     """What the frame adds to a fingerprint; nothing where it is no more than an eos behind every document."""
     if tokenizer is None:  # trained here: it has an eos and no bos
-        return {"frame": {"before": [], "behind": []}} if data.eos is False else {}
+        return {"frame": "TEXT"} if data.eos is False else {}
     frame = frame_of(tokenizer, data)
-    return {} if frame.behind and not frame.before else {"frame": {"before": frame.before, "behind": frame.behind}}
+    if frame.behind and not frame.before:
+        return {}
+    return {"frame": " ".join(map(str, [*frame.before, "TEXT", *frame.behind]))}
 
 
 def in_words(tokenizer: PreTrainedTokenizerBase, frame: Frame) -> str:

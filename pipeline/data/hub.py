@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-FORM = re.compile(
-    r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<first>[\w.\[\]%+-]+))?(:(?P<second>[\w.\[\]%+-]+))?(@(?P<revision>[\w./+-]+))?"
-)
+PART = r"[\w.+-]+(\[[\w:%+-]*\])?"  # in brackets, a slice of a split
+
+
+FORM = re.compile(rf"(?P<name>[\w.-]+/[\w.-]+)(:(?P<first>{PART}))?(:(?P<second>{PART}))?(@(?P<revision>[\w./+-]+))?")
 
 
 FORMS = "owner/name, owner/name:split or owner/name:config:split, with @revision behind where it is not the newest"

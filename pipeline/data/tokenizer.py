@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,7 +94,7 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         vocab_size=vocabulary_size(config),
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte: no text is ever unknown
-        show_progress=True,  # on a terminal
+        show_progress=sys.stderr.isatty(),
     )
     bpe.train_from_iterator(sample(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, clean_up_tokenization_spaces=False)

@@ -26,8 +26,8 @@ def check_weights(config: ModelConfig) -> None:
     name = config.name_or_path
     refuse_pointers(name)
     with one_sentence(config):
-        _, found = AutoModelForCausalLM.from_pretrained(name, device_map="meta", output_loading_info=True)  # type: ignore[misc]
-    refuse_incomplete(config, found)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, device_map="meta", output_loading_info=True)
+    refuse_incomplete(config, loaded[1])
 
 
 def refuse_pointers(directory: str) -> None:

@@ -51,7 +51,8 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
-        self._shown = dict.fromkeys(subsets[:SHOWN_SUBSETS])
+        # A subset that is itself called `other` is part of the rest, or the two would share a curve.
+        self._shown = dict.fromkeys([name for name in subsets if name != OTHER][:SHOWN_SUBSETS])
         self._count(rows)
         self._step = step
         self._seen_standing_out = {(row["subset"], row["stands_out"]) for row in self._standing_out()}
@@ -143,7 +144,7 @@ class TensorBoard:
     def _count(self, rows: pa.Table) -> None:
         counts = ledger.counts_by_subset(rows)
         for subset in sorted(counts, key=lambda subset: -counts[subset][0]):
-            if len(self._shown) < SHOWN_SUBSETS:
+            if len(self._shown) < SHOWN_SUBSETS and subset != OTHER:
                 self._shown.setdefault(subset)
         for subset, (units, removed) in counts.items():
             self._units[subset] += units
