@@ -2,9 +2,10 @@
 
     prepared_dir/train/ eval/ reference/ rows (see `load_split`), memory-mapped by `datasets`
     prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
-                                     tokens (in the rows, with its eos), bytes (UTF-8, of these tokens)
+                                     tokens (in the rows, with its frame), bytes (UTF-8, of these tokens)
     prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
     prepared_dir/fingerprint.json    what made the dataset
+    prepared_dir/files.json          hashes of the files by path and time, so that they are read once
     prepared_dir/report.json         what is in it, and what was wrong with the files
 
 Run it with `python -m pipeline.prepare --config run.yaml`; training does where the directory is missing.
@@ -15,6 +16,7 @@ from typing import Any
 
 from pipeline.config.cli import exit_on_user_error, parse
 from pipeline.config.schema import Config
+from pipeline.data.overlap import in_words
 from pipeline.data.prepared import load_report, prepare
 from pipeline.influence.table import check_config
 
@@ -28,9 +30,12 @@ def _table(report: dict[str, Any]) -> str:
             size = f"{counts['documents']:12,} {counts['tokens']:16,} {counts['bytes'] / 1e6:10,.2f}"
             lines.append(f"{split:5} {name:24} {size}")
         lines.append(f"{split:5} {part['sequences']:,} sequences, {part['padding']:,} tokens of padding")
+        if part.get("frame"):
+            share = part["frame"] / max(part["tokens"], 1)
+            lines.append(f"{split:5} {part['frame']:,} tokens ({share:.1%}) only divide documents (data.bos, data.eos)")
         lines += [f"{split:5} planted: {count:,} x {kind}" for kind, count in part.get("planted", {}).items()]
         lines += [f"{split:5} left out: {count:,} x {what}" for what, count in part["problems"].items()]
-    return "\n".join(lines)
+    return "\n".join([*lines, *in_words(report)])
 
 
 def main(argv: Sequence[str] | None = None) -> None:

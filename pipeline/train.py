@@ -4,12 +4,15 @@ deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstar
 """
 
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import cli
 from pipeline.config.cli import exit_on_refused_file, exit_on_user_error
 from pipeline.config.deepspeed_json import read_deepspeed_config
+from pipeline.config.launcher import launched_rank
+from pipeline.config.ownership import owned
 from pipeline.config.schema import Config
 from pipeline.data.leave_out import left_out
 from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_report, load_split
@@ -23,6 +26,7 @@ from pipeline.engine.checkpoints import (
     move_aside,
     publish,
     refuse_foreign,
+    refuse_foreign_run_dir,
     settings_of,
 )
 from pipeline.engine.json_check import check_deepspeed_json, notes
@@ -46,6 +50,15 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
 
     `until` ends it earlier, as if it were done. Returns the summary of a run that is done, on rank 0. Collective.
     """
+    with ExitStack() as ownership:
+        with exit_on_user_error("pipeline.train"):
+            if launched_rank() == 0:
+                ownership.enter_context(owned(config.run_dir, "run_dir"))
+                refuse_foreign_run_dir(Path(config.run_dir))
+        return _train(config, until)
+
+
+def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     end = until or config.max_steps
     with exit_on_user_error("pipeline.train"):
         settings = read_deepspeed_config(config)

@@ -4,6 +4,7 @@ import inspect
 import json
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,3 +81,24 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return save_tiny(kind, tmp_path_factory.mktemp(kind))
 
     return saved
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that owns `tmp_path / "run"`."""
+    program = (
+        "import sys, time\nfrom pipeline.config.ownership import owned\n"
+        "with owned(sys.argv[1], 'run_dir'):\n    print('mine', flush=True)\n    time.sleep(600)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "mine\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()

@@ -15,7 +15,10 @@ WORDS = ["the", "quick", "brown", "fox", "Ärzte zählen", "12345", "Schäfchen"
 
 
 def make_config(directory: Path, tokenizer: str, train_files: str | list[str], seed: int = 0, **data: Any) -> Config:
-    (directory / "model.json").write_text('{"vocab_size": 300}')
+    vocabulary = 50_257 if tokenizer.endswith("gpt2") else 300
+    model_json = {"model_type": "gpt2", "vocab_size": vocabulary, "n_positions": 64, "n_embd": 8, "n_head": 1}
+    model_json |= {"bos_token_id": None, "eos_token_id": None}
+    (directory / "model.json").write_text(json.dumps(model_json))
     (directory / "ds.json").write_text(json.dumps(DEEPSPEED))
     data = {"sequence_length": 32, "prepared_dir": str(directory / "prepared"), "train_files": train_files} | data
     model = ModelConfig(str(directory / "model.json"), tokenizer)

@@ -61,6 +61,7 @@ def config_of(
         "data.prepared_dir": corpus / "prepared",
         "data.train_files": corpus / "documents.jsonl",
         "data.sequence_length": 16,
+        "data.allow_overlap": True,  # one small corpus for everything
         "seed": 3,
     } | {key.replace("__", "."): value for key, value in overrides.items()}
     arguments = [f"--{key}={value}" for key, value in options.items()]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pipeline.config.paths import expand
 from pipeline.config.rules import at_least_one, decays, fractions, not_negative
 
 TRAIN_TOKENIZER = "train"
@@ -23,6 +24,12 @@ class ModelConfig:
     the training files. Default: the one that belongs to `name_or_path`."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
+    allow_missing: bool = False
+    """Train although weights of the model are missing among the files (they are then random), or files hold weights
+    that the model has no place for. Default: refuse, and name them."""
+
+    def __post_init__(self) -> None:
+        expand(self, "name_or_path", "tokenizer")
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class DataConfig:
     """Directory of the tokenized, packed, memory-mapped dataset; made by `pipeline.prepare` where it is missing."""
     train_files: str | list[str] = BUILTIN
     """What to train on: paths or globs (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.txt`, `.parquet`), a hub id
-    (`owner/name` or `owner/name:split`, default split train), or `builtin`: the text that every Python installation
+    (`owner/name`, `owner/name:split` or `owner/name:config:split`, default split train, with `@revision` behind to pin
+    it), or `builtin`: the text that every Python installation
     carries."""
     eval_files: str | list[str] | None = None
     """Held-out documents, in the same forms; `builtin` holds out a twentieth of its documents. Default: none."""
@@ -53,7 +61,15 @@ class DataConfig:
     """The same for the held-out sequences, and for those of `reference_files`. Default: all."""
     max_bad_fraction: float = 0.001
     """Refuse the files when a larger fraction of their records is malformed, undecodable, empty or without text.
-    Fewer are left out, counted, and reported with file and line."""
+    Fewer are left out, counted, and reported with file and line. A file that is cut, was never fetched, or gives no
+    document at all is refused whatever this says."""
+    allow_overlap: bool = False
+    """Let two of train_files, eval_files and reference_files read one file. Default: refuse."""
+    bos: bool | None = None
+    """Whether every document begins with the tokenizer's bos token. Default: as the tokenizer itself does."""
+    eos: bool | None = None
+    """Whether every document ends with the tokenizer's eos token. Default: as the tokenizer itself does; also where it
+    adds neither bos nor eos, for something has to divide documents."""
     seed: int | None = None
     """Seeds the order of the documents and the planted noise while preparing. Default: `seed`; set it where runs of
     several seeds share one `prepared_dir`."""
@@ -66,6 +82,7 @@ class DataConfig:
     the planted noise. Default: no such noise."""
 
     def __post_init__(self) -> None:
+        expand(self, "prepared_dir", "train_files", "eval_files", "reference_files", "planted_foreign_files")
         at_least_one(
             {
                 "data.sequence_length": self.sequence_length - 1,
@@ -251,13 +268,20 @@ class Config:
     """What is written for people to look at."""
 
     def __post_init__(self) -> None:
+        expand(self, "run_dir", "deepspeed_config", "resume")
         at_least_one({"max_steps": self.max_steps})
         not_negative({"seed": self.seed})
         if self.influence.reference == "validation" and self.data.reference_files is None:
             raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")
         if self.observe.eval_every_steps and self.data.eval_files is None:
             raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
-        if Path(self.data.prepared_dir).resolve().is_relative_to(Path(self.run_dir).resolve()):
+        run_dir, prepared_dir = Path(self.run_dir).resolve(), Path(self.data.prepared_dir).resolve()
+        if prepared_dir.is_relative_to(run_dir):
             raise ValueError(
                 f"data.prepared_dir must lie outside run_dir ({self.run_dir}), which a new run moves aside"
+            )
+        if run_dir.is_relative_to(prepared_dir):
+            raise ValueError(
+                f"run_dir must lie outside data.prepared_dir ({self.data.prepared_dir}), which a new preparation "
+                "replaces"
             )

@@ -1,6 +1,6 @@
 """What reading gives: a document, or a problem in its place."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 Split = Literal["train", "eval", "reference"]
@@ -22,3 +22,5 @@ class Problem:
     """As in `Document`; 0 for the file itself."""
     what: str
     """Its kind, in the same words wherever it occurs, so that kinds can be counted."""
+    whole_file: bool = field(default=False, compare=False)
+    """Whether the file is damaged, so that nobody knows how much of it is lost."""

@@ -10,35 +10,66 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.schema import BUILTIN, Config
 from pipeline.data.corpus import resolve
+from pipeline.data.frame import frame_identity
+from pipeline.data.hub import commit_of
 from pipeline.data.tokenizer import vocabulary_size
 
 FORMAT = 1  # raise it whenever the same inputs would give other rows
 
 
+KEYS = ("train_files", "eval_files", "reference_files", "planted_foreign_files")
+
+
+class Known:
+    """What an earlier preparation found: the content of files by their whole path, size and times, and the commit of
+    each hub corpus. Empty: every file is read, every hub asked."""
+
+    def __init__(self, files: dict[str, Any] | None = None, fingerprint: dict[str, Any] | None = None) -> None:
+        self.files: dict[str, Any] = {}
+        """Of this time, to be kept for the next."""
+        self._before = files or {}
+        found = [source for key in KEYS for source in (fingerprint or {}).get(key) or [] if "hub" in source]
+        self._hubs = {source["hub"]: source.get("revision") for source in found}
+
+    def content(self, path: Path) -> str:
+        """The hash of a file. Its name, size and modification time alone are no identity: other directories have
+        files that are alike in all of them."""
+        state = path.stat()
+        times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        key = str(path.resolve())
+        digest, *before = self._before.get(key, [""])
+        if before != times:
+            made = hashlib.blake2b(digest_size=16)
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    made.update(chunk)
+            digest = made.hexdigest()
+        self.files[key] = [digest, *times]
+        return digest
+
+    def commit(self, source: str) -> str | None:
+        """Of a hub corpus; what was prepared of an earlier one stays good until somebody prepares anew."""
+        return self._hubs[source] if source in self._hubs else commit_of(source)
+
+
 def fingerprint(
-    config: Config, tokenizer: PreTrainedTokenizerBase | None, known: dict[str, Any] | None = None
+    config: Config, tokenizer: PreTrainedTokenizerBase | None, known: Known | None = None
 ) -> dict[str, Any]:
     """Everything that decides what the rows are. `tokenizer` is None where it is trained.
 
-    Reads every file once, unless `known`, an earlier fingerprint, has one of the same name, size and modification time.
+    Reads every file once, unless `known` has it.
     """
-    data, seen = config.data, known or {}
-    known_files = {
-        (file["name"], file["size"], file.get("modified")): file
-        for key in ("train_files", "eval_files", "reference_files", "planted_foreign_files")
-        for file in seen.get(key) or []
-        if "name" in file
-    }
+    data, known = config.data, known or Known()
     planted: dict[str, Any] = {}
     if data.planted_noise:  # without it no keys: what was prepared before there was any stays what it is
         foreign = data.planted_foreign_files
         planted = {
             "planted_noise": data.planted_noise,
-            "planted_foreign_files": foreign and [_identity(source, known_files) for source in resolve(foreign)],
+            "planted_foreign_files": foreign and [_identity(source, known) for source in resolve(foreign)],
         }
     return {
         "format": FORMAT,
-        **{name: files and [_identity(source, known_files) for source in resolve(files)] for name, files in {
+        **{name: files and [_identity(source, known) for source in resolve(files)] for name, files in {
             "train_files": data.train_files,
             "eval_files": data.eval_files,
             # Absent where there is none, as it was before there were any.
@@ -50,6 +81,7 @@ def fingerprint(
             "sequence_length", "text_field", "subset_field", "max_sequences", "max_eval_sequences"
         )},
         **planted,
+        **frame_identity(tokenizer, data),
     }  # fmt: skip
 
 
@@ -58,22 +90,18 @@ def preparation_seed(config: Config) -> int:
     return config.seed if config.data.seed is None else config.data.seed
 
 
-def _identity(source: str, known_files: dict[tuple[str, int, int], dict[str, Any]]) -> dict[str, Any]:
+def _identity(source: str, known: Known) -> dict[str, Any]:
     """Of a file its name (not its directory, which may move), size and content; of the builtin text the Python version:
-    a prepared copy outlives the packages that come and go in an installation; of a hub corpus its id."""
+    a prepared copy outlives the packages that come and go in an installation; of a hub corpus its id and commit."""
     if source == BUILTIN:
         return {"builtin": platform.python_version()}
-    if not Path(source).is_file():
-        return {"hub": source}
-    state = Path(source).stat()
-    name, size, modified = Path(source).name, state.st_size, state.st_mtime_ns
-    if (name, size, modified) in known_files:
-        return known_files[name, size, modified]
-    digest = hashlib.blake2b(digest_size=16)
-    with open(source, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return {"name": name, "size": size, "modified": modified, "blake2b": digest.hexdigest()}
+    path = Path(source)
+    if not path.is_file():
+        commit = known.commit(source)
+        return {"hub": source, **({"revision": commit} if commit else {})}
+    state = path.stat()
+    content = known.content(path)
+    return {"name": path.name, "size": state.st_size, "modified": state.st_mtime_ns, "blake2b": content}
 
 
 def _tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Documents -> rows of a split: tokenized, packed, written, counted. Bounded memory."""
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,10 +13,12 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import Config
-from pipeline.data.corpus import Problems, read_documents
-from pipeline.data.document import Document, Split
+from pipeline.config.schema import BUILTIN, Config
+from pipeline.data.corpus import Problems, read_documents, resolve
+from pipeline.data.document import Document, Problem, Split
 from pipeline.data.fingerprint import preparation_seed
+from pipeline.data.frame import frame_of
+from pipeline.data.overlap import Texts
 from pipeline.data.planted import Planter
 from pipeline.data.tokenizer import encode
 
@@ -38,15 +40,18 @@ SOURCES = pa.schema(
 # The rows
 
 
-def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, directory: Path) -> dict[str, Any]:
-    """Write the rows and the sources of a split under `directory`; returns its part of the report."""
-    data = config.data
+def _write_split(
+    config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, directory: Path, texts: Texts | None = None
+) -> dict[str, Any]:
+    """Write the rows and the sources of a split under `directory`; returns its part of the report. `texts` is shown
+    every document."""
+    data, frame = config.data, frame_of(tokenizer, config.data)
     files, most = {
         "train": (data.train_files, data.max_sequences),
         "eval": (data.eval_files or [], data.max_eval_sequences),
         "reference": (data.reference_files or [], data.max_eval_sequences),
     }[split]
-    problems = Problems(data.max_bad_fraction)
+    problems = Problems(data.max_bad_fraction, f"data.{split}_files")
     documents = problems.leave_out(read_documents(files, data, split))
     subsets: dict[str, Counter[str]] = {}
     planter = None
@@ -64,11 +69,16 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
             batch = [batch[index] for index in order.permutation(len(batch))]
             taken: list[tuple[str, np.ndarray]] = []
             rows: list[dict[str, Any]] = []
-            for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch]), strict=True):
+            for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch], frame), strict=True):
                 whole = len(ids)
                 ids = ids[:room]
-                if not len(ids):
+                if room == 0:
                     break
+                if not whole:
+                    problems.add(Problem(document.file, document.line, "no token in its text"))
+                    continue
+                if texts:
+                    texts.see(split, document.text)
                 room = None if room is None else room - len(ids)
                 # Of a document cut by `max_sequences`, its share: bits per byte need bytes that were predicted.
                 size = {"tokens": len(ids), "bytes": round(len(document.text.encode()) * len(ids) / whole)}
@@ -94,7 +104,7 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
         tqdm(desc=f"preparing {split}", unit=" documents", mininterval=1.0) as bar,
     ):
         sequences = 0
-        for rows in _pack(encoded(), data.sequence_length, tokenizer.eos_token_id, schema):
+        for rows in _pack(encoded(), data.sequence_length, frame.padding, schema):
             writer.write_batch(planter(rows) if planter else rows)
             sequences += rows.num_rows
     problems.check(problems.limit)
@@ -102,27 +112,41 @@ def _write_split(config: Config, split: Split, tokenizer: PreTrainedTokenizerBas
         raise ValueError(f"data.{split}_files: no document in {files}")
     Dataset.from_file(str(directory / f"{split}.arrow")).save_to_disk(str(directory / split))
     (directory / f"{split}.arrow").unlink()
+    _say_subsets(config, files, subsets)
     totals = {key: sum(counts[key] for counts in subsets.values()) for key in ("documents", "tokens", "bytes")}
     return {
         **totals,
         "sequences": sequences,
         "padding": sequences * data.sequence_length - totals["tokens"],
+        "frame": frame.tokens * totals["documents"],
         "subsets": {name: dict(subsets[name]) for name in sorted(subsets)},
         "problems": dict(problems.kinds),
-        "first_problems": [asdict(problem) for problem in problems.first],
+        "first_problems": [{"file": p.file, "line": p.line, "what": p.what} for p in problems.first],
         **({"planted": dict(planter.counts)} if planter else {}),
     }
+
+
+def _say_subsets(config: Config, files: str | list[str], subsets: dict[str, Counter[str]]) -> None:
+    """Say how many documents of records have no subset: a field that none has is misspelled, or there is none."""
+    without, every = subsets.get("-", Counter())["documents"], sum(part["documents"] for part in subsets.values())
+    if without and any(source != BUILTIN and not source.endswith(".txt") for source in resolve(files)):
+        tqdm.write(
+            f"data.subset_field: {without:,} of {every:,} documents have no field `{config.data.subset_field}`; they "
+            "are subset `-`. Name another field where they have subsets",
+            file=sys.stderr,
+        )
 
 
 def _foreign_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
     """The tokens of the documents of `data.planted_foreign_files`, again and again. Raises ValueError where there are
     none."""
-    files = config.data.planted_foreign_files or []
+    files, frame = config.data.planted_foreign_files or [], frame_of(tokenizer, config.data)
     while True:
-        documents = (d for d in read_documents(files, config.data, "train") if isinstance(d, Document))
+        problems = Problems(config.data.max_bad_fraction, "data.planted_foreign_files")
         batch: list[Document] = []
-        for batch in _batches(documents):
-            yield from encode(tokenizer, [document.text for document in batch])
+        for batch in _batches(problems.leave_out(read_documents(files, config.data, "train"))):
+            yield from encode(tokenizer, [document.text for document in batch], frame)
+        problems.check(problems.limit)
         if not batch:
             raise ValueError(f"data.planted_foreign_files: no document in {files}")
 
@@ -141,7 +165,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _pack(
-    batches: Iterable[list[tuple[str, np.ndarray]]], length: int, eos: int, schema: pa.Schema
+    batches: Iterable[list[tuple[str, np.ndarray]]], length: int, padding_id: int, schema: pa.Schema
 ) -> Iterator[pa.RecordBatch]:
     """Rows of `length` tokens from documents one after the other; only the last row is padded."""
     tokens, owners = np.empty(0, np.int32), np.empty(0, np.int64)
@@ -166,6 +190,6 @@ def _pack(
     if len(tokens):
         whole = length
         padding = length - len(tokens)
-        tokens = np.concatenate([tokens, np.full(padding, eos, np.int32)])
+        tokens = np.concatenate([tokens, np.full(padding, padding_id, np.int32)])
         owners = np.concatenate([owners, np.full(padding, -1)])
         yield rows()

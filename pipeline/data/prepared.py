@@ -2,9 +2,10 @@
 
     prepared_dir/train/ eval/ reference/ rows (see `load_split`), memory-mapped by `datasets`
     prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
-                                     tokens (in the rows, with its eos), bytes (UTF-8, of these tokens)
+                                     tokens (in the rows, with its frame), bytes (UTF-8, of these tokens)
     prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
     prepared_dir/fingerprint.json    what made the dataset
+    prepared_dir/files.json          hashes of the files by path and time, so that they are read once
     prepared_dir/report.json         what is in it, and what was wrong with the files
 
 Run it with `python -m pipeline.prepare --config run.yaml`; training does where the directory is missing.
@@ -14,21 +15,31 @@ import glob
 import itertools
 import json
 import os
+import re
 import shutil
 import socket
+import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, load_from_disk
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.differences import changes
 from pipeline.config.launcher import launched_rank
+from pipeline.config.ownership import owned
 from pipeline.config.schema import BUILTIN, Config, InfluenceConfig
-from pipeline.data.corpus import gone
+from pipeline.data.corpus import check_files, gone
 from pipeline.data.document import Split
-from pipeline.data.fingerprint import fingerprint
+from pipeline.data.fingerprint import KEYS, Known, fingerprint
+from pipeline.data.frame import frame_of, in_words
+from pipeline.data.limits import check_model
+from pipeline.data.overlap import Texts, refuse_shared_files
+from pipeline.data.overlap import in_words as overlap_in_words
 from pipeline.data.packing import _write_split
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
@@ -53,8 +64,13 @@ def ensure_prepared(config: Config) -> None:
             time.sleep(1)
     if not (directory / "fingerprint.json").exists():
         return prepare(config)
+    if not any(gone(files) for name in RAW if (files := getattr(config.data, name))):
+        refuse_shared_files(config.data)
+    tokenizer = load_tokenizer(config)
+    check_model(config, tokenizer)
     old = load_fingerprint(directory)
-    new = _fingerprint_of_what_is_left(config, old)
+    known = Known(_load_files(directory), old)
+    new = _fingerprint_of_what_is_left(config, tokenizer, old, known)
     if config.data.reference_files is None:
         old.pop("reference_files", None)
         if config.data.eval_files is None:
@@ -64,9 +80,14 @@ def ensure_prepared(config: Config) -> None:
             f"data.prepared_dir: {directory} was prepared from something else:\n{differences}\n"
             "Run `python -m pipeline.prepare --config ...` to replace it, or choose another data.prepared_dir."
         )
+    if known.files != _load_files(directory):  # moved or touched since, or prepared before there was this list
+        with suppress(OSError):
+            _write_files(directory, known)
 
 
-def _fingerprint_of_what_is_left(config: Config, old: dict[str, Any]) -> dict[str, Any]:
+def _fingerprint_of_what_is_left(
+    config: Config, tokenizer: PreTrainedTokenizerBase | None, old: dict[str, Any], known: Known
+) -> dict[str, Any]:
     """The fingerprint, in which files that are gone are taken for those that `old` knows."""
     left: dict[str, Any] = {}
     for name in RAW:
@@ -80,10 +101,10 @@ def _fingerprint_of_what_is_left(config: Config, old: dict[str, Any]) -> dict[st
     # Where none is left something stands in that always is there, for as long as the others are looked at.
     here: dict[str, Any] = {name: files or (BUILTIN if name in RAW[:2] else None) for name, files in left.items()}
     seen = replace(config, data=replace(config.data, **here), influence=InfluenceConfig())
-    new = fingerprint(seen, load_tokenizer(config), known=old)
+    new = fingerprint(seen, tokenizer, known)
     for name, files in left.items():
-        known = [_without_time(file) for file in old[name]]
-        if not files or all(_without_time(file) in known for file in new[name]):
+        before = [_without_time(file) for file in old[name]]
+        if not files or all(_without_time(file) in before for file in new[name]):
             new[name] = old[name]
     return new
 
@@ -96,21 +117,40 @@ def prepare(config: Config) -> None:
     """Make `data.prepared_dir`, or leave it where the same inputs made it, or replace it.
 
     It appears by a rename at the very end: killed at any moment, it leaves no directory that looks whole. Raises
-    ValueError on unusable files, too many problems in them, a tokenizer that does not fit, or a foreign directory.
+    ValueError on unusable files, too many problems in them, a tokenizer or model that does not fit, a directory that
+    another process prepares just now, and one that holds anything that is not ours.
     """
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # before the first batch; launchers often set it to false
     target = Path(config.data.prepared_dir).resolve()
+    with owned(target, "data.prepared_dir"):
+        _prepare(config, target)
+
+
+def _prepare(config: Config, target: Path) -> None:
     exists = (target / "fingerprint.json").exists()
     if not exists and target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(
             f"data.prepared_dir: {target} exists and is no prepared dataset; remove it or choose another directory"
         )
+    refuse_shared_files(config.data)
     tokenizer = load_tokenizer(config)
-    new = fingerprint(config, tokenizer)
-    if exists:
-        differences = changes(load_fingerprint(target), new)
+    check_model(config, tokenizer)
+    for key in KEYS:
+        if files := getattr(config.data, key):
+            check_files(files, f"data.{key}")
+    old = load_fingerprint(target) if exists else None
+    known = Known(_load_files(target))
+    new = fingerprint(config, tokenizer, known)
+    if old is not None:
+        differences = changes(old, new)
         if not differences:
             return print(f"{target} is already prepared from the same inputs")
+        if strangers := _strangers(target):
+            raise ValueError(
+                f"data.prepared_dir: {target} was prepared from something else, and replacing it would delete "
+                f"{', '.join(strangers[:5])}, which is not part of a prepared dataset. Move that away, or choose "
+                f"another directory. What differs:\n{differences}"
+            )
         print(f"{target} was prepared from something else and will be replaced:\n{differences}")
 
     # The host is part of the name: on a shared file system, another node's process ids say nothing here.
@@ -123,13 +163,19 @@ def prepare(config: Config) -> None:
     try:
         if tokenizer is None:
             tokenizer = train_tokenizer(config)
-        report = {"train": _write_split(config, "train", tokenizer, temporary)}
+        tqdm.write(in_words(tokenizer, frame_of(tokenizer, config.data)), file=sys.stderr)
+        parts, texts = {}, Texts()
         if config.data.eval_files is not None:
-            report["eval"] = _write_split(config, "eval", tokenizer, temporary)
+            parts["eval"] = _write_split(config, "eval", tokenizer, temporary, texts)
         if config.data.reference_files is not None:
-            report["reference"] = _write_split(config, "reference", tokenizer, temporary)
+            parts["reference"] = _write_split(config, "reference", tokenizer, temporary, texts)
+        report = {"train": _write_split(config, "train", tokenizer, temporary, texts), **parts}
+        texts.add_to(report)
+        for line in overlap_in_words(report):
+            tqdm.write(line, file=sys.stderr)
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "report.json").write_text(json.dumps(report, indent=2))
+        _write_files(temporary, known)
         (temporary / "fingerprint.json").write_text(json.dumps(new, indent=2))
         if target.exists():
             target.rename(temporary.with_name(f"{temporary.name}.replaced"))
@@ -137,6 +183,16 @@ def prepare(config: Config) -> None:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(temporary.with_name(f"{temporary.name}.replaced"), ignore_errors=True)
+
+
+def _strangers(directory: Path) -> list[str]:
+    """What lies in a prepared dataset and is not of it."""
+    ours = re.compile(
+        r"(train|eval|reference)(/([\w-]+\.arrow|state\.json|dataset_info\.json))?|documents(/\w+\.parquet)?"
+        r"|tokenizer(/[^/]+\.(json|model|txt|jinja))?|(fingerprint|report|files)\.json"
+    )
+    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")))
+    return [name for name in names if not ours.fullmatch(name)]
 
 
 def _others_alive(pid: str) -> bool:
@@ -155,7 +211,8 @@ def _others_alive(pid: str) -> bool:
 def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
     """The packed rows of a split, memory-mapped, each of `sequence_length` tokens:
 
-    input_ids (int32): documents one after the other, each closed by eos; a document may go on in the next row.
+    input_ids (int32): documents one after the other, each in its frame (eos behind it, by default); a document
+        may go on in the next row.
     document_ids (int64): of every token, counting up from 0 in the split; -1 is padding, at the end of the last row.
     subset (strings): of each document of the row, in the order of their first tokens.
 
@@ -177,9 +234,10 @@ def load_fingerprint(prepared_dir: str | Path) -> dict[str, Any]:
 
 
 def load_report(prepared_dir: str | Path) -> dict[str, Any]:
-    """Per split: documents, tokens, bytes, sequences, padding (tokens), subsets (documents, tokens, bytes of each),
-    problems (count of each kind) and first_problems (file, line, what); where noise was planted, planted (training
-    sequences replaced by each kind; documents and tokens are those before). Raises ValueError where there is none."""
+    """Per split: documents, tokens, bytes, sequences, padding (tokens), frame (tokens, bos and eos), subsets
+    (documents, tokens, bytes of each), problems (count of each kind) and first_problems (file, line, what); where noise
+    was planted, planted (training sequences replaced by each kind; documents and tokens are those before); in held-out
+    splits, overlap (of its texts, how many each other split has). Raises ValueError where there is none."""
     return _load_json(Path(prepared_dir) / "report.json")
 
 
@@ -187,3 +245,17 @@ def _load_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path.parent} is no prepared dataset (no {path.name}); run `pipeline.prepare`")
     return json.loads(path.read_text())
+
+
+def _load_files(directory: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((directory / "files.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write_files(directory: Path, known: Known) -> None:
+    new = directory / f"files.json.{os.getpid()}"
+    new.write_text(json.dumps(known.files, indent=1))
+    new.replace(directory / "files.json")

@@ -1,18 +1,31 @@
 """The tokenizer: the one that the config names, or one trained on the corpus."""
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pipeline.config.schema import TRAIN_TOKENIZER, Config
 from pipeline.data.corpus import read_documents
 from pipeline.data.document import Document
+from pipeline.data.frame import Frame, frame_of
 
 TOKENIZER_CHARACTERS = 8_000_000  # what a tokenizer is trained on
+
+
+LONGEST_WORD = 1_000
+"""Characters of one kind in a row, for training: a million letters unbroken take for ever."""
+
+
+UNBROKEN = re.compile(
+    "|".join(rf"{kind}{{{LONGEST_WORD + 1},}}" for kind in (r"[^\W\d_]", r"\d", r"\s", r"[^\w\s]", r"\w", r"\S"))
+)
 
 
 EOS = "<|endoftext|>"
@@ -21,7 +34,7 @@ EOS = "<|endoftext|>"
 def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
     """The tokenizer that the config names; None where it is to be trained.
 
-    Raises ValueError where none can be loaded, or it has no eos token.
+    Raises ValueError where none can be loaded, or it lacks a token that documents are to begin or end with.
     """
     name = config.model.tokenizer or config.model.name_or_path
     if name == TRAIN_TOKENIZER:
@@ -35,11 +48,7 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.tokenizer: no tokenizer can be loaded from `{name}`: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"model.tokenizer: `{name}` has no eos token, which has to close every document; give it one "
-            "(tokenizer.eos_token = ..., save_pretrained) and name the saved directory"
-        )
+    frame_of(tokenizer, config.data)  # refuses one that cannot frame documents as they are to be
     return tokenizer
 
 
@@ -58,16 +67,25 @@ def vocabulary_size(config: Config) -> int:
 
 
 def train_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """A byte-level BPE, trained on the first `TOKENIZER_CHARACTERS` of the training documents."""
+    """A byte-level BPE, trained on the first `TOKENIZER_CHARACTERS` of the training documents.
+
+    Raises ValueError where documents are to begin with a bos token, which it has not.
+    """
+    if config.data.bos:
+        raise ValueError(
+            f"data.bos: a tokenizer that is trained here (`{TRAIN_TOKENIZER}`) has no bos token; leave it out"
+        )
 
     def sample() -> Iterator[str]:
         room = TOKENIZER_CHARACTERS
-        for document in read_documents(config.data.train_files, config.data, "train"):
-            if isinstance(document, Document):
-                yield document.text[:room]
-                room -= len(document.text)
-            if room <= 0:
-                return
+        with tqdm(desc="training the tokenizer on", unit=" characters", unit_scale=True, mininterval=1.0) as bar:
+            for document in read_documents(config.data.train_files, config.data, "train"):
+                if isinstance(document, Document):
+                    yield from _broken(document.text[:room])
+                    room -= len(document.text)
+                    bar.update(len(document.text))
+                if room <= 0:
+                    return
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,15 +94,26 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         vocab_size=vocabulary_size(config),
         special_tokens=[EOS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),  # every byte: no text is ever unknown
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     bpe.train_from_iterator(sample(), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=EOS, clean_up_tokenization_spaces=False)
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """The tokens of every text, closed by eos. A text that spells a special token gets no special token: nothing in
-    a document may look like its end."""
+def _broken(text: str) -> Iterator[str]:
+    """The text, in pieces where a run of one kind of characters is longer than `LONGEST_WORD`."""
+    start = 0
+    for run in UNBROKEN.finditer(text):
+        for cut in range(run.start() + LONGEST_WORD, run.end(), LONGEST_WORD):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str], frame: Frame | None = None) -> list[np.ndarray]:
+    """The tokens of every text in its frame (default: the tokenizer's own). A text that spells a special token gets no
+    special token: nothing in a document may look like its end."""
+    frame = frame or frame_of(tokenizer)
     batch = tokenizer(
         texts,
         add_special_tokens=False,
@@ -93,4 +122,4 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndar
         return_token_type_ids=False,
         verbose=False,  # documents longer than the model's context are meant to be
     )
-    return [np.array([*ids, tokenizer.eos_token_id], np.int32) for ids in batch["input_ids"]]
+    return [np.array([*frame.before, *ids, *frame.behind], np.int32) for ids in batch["input_ids"]]

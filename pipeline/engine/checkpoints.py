@@ -3,13 +3,17 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from pipeline.config.differences import changes
+from pipeline.config.ownership import owner_of
 from pipeline.config.schema import Config
 from pipeline.config.writing import NotWritten, not_written
 
@@ -45,7 +49,7 @@ def find_checkpoint(config: Config) -> Path | None:
             return None
         raise ValueError(f"resume: {directory} holds no checkpoint; give RUN_DIR/checkpoints/step-N, or auto")
     newest = _step(directory / latest.read_text().strip())
-    found = [path for path in sorted(directory.glob("step-*"), key=_step, reverse=True) if _step(path) <= newest]
+    found = [path for path in reversed(_saved(directory)) if _step(path) <= newest]
     for checkpoint in found:
         damage = damage_of(checkpoint)
         if damage is None:
@@ -56,8 +60,7 @@ def find_checkpoint(config: Config) -> Path | None:
 
 def checkpoints_of(run_dir: str) -> dict[str, Path]:
     """The run's whole checkpoints by name, oldest first."""
-    found = sorted(Path(run_dir, "checkpoints").glob("step-*"), key=_step)
-    return {path.name: path for path in found if damage_of(path) is None}
+    return {path.name: path for path in _saved(Path(run_dir, "checkpoints")) if damage_of(path) is None}
 
 
 def damage_of(checkpoint: Path) -> str | None:
@@ -123,7 +126,7 @@ def publish(checkpoint: Path, identity: dict[str, Any], keep: int, settings: dic
         _write(checkpoint.parent / "latest", checkpoint.name)
     except OSError as error:
         raise checkpoint_not_written(checkpoint, error) from error
-    saved = sorted(checkpoint.parent.glob("step-*"), key=_step)
+    saved = _saved(checkpoint.parent)
     kept = [path for path in saved if _step(path) <= _step(checkpoint)][-keep:]
     for old in set(saved) - set(kept):
         shutil.rmtree(old)
@@ -135,18 +138,68 @@ def checkpoint_not_written(checkpoint: Path, error: Exception) -> NotWritten:
     return not_written(checkpoint, error, "The one before it is whole" if before else "")
 
 
+OURS = frozenset(
+    ("config.yaml", "checkpoints", "ledger", "tensorboard", "model", "summary.json", "benchmark.json", "plan.json",
+     "fidelity.json", "fidelity.png", "report.html", "report.json")
+)  # fmt: skip
+"""What the commands write into a run directory."""
+
+
+def refuse_foreign_run_dir(run_dir: Path) -> None:
+    """Raises ValueError where `run_dir` holds something, and is no run directory of ours: it would be moved aside or
+    mixed with a run. Hidden files do not count."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ValueError(f"run_dir: {run_dir} is a file; choose another directory")
+    found = [path.name for path in _visible(run_dir)]
+    if not found or _is_run_config(run_dir / "config.yaml"):
+        return
+    if strangers := sorted(set(found) - OURS) or sorted({"config.yaml"} & set(found)):
+        raise ValueError(
+            f"run_dir: {run_dir} holds {', '.join(strangers[:5])} and no config.yaml of a run, so it was not made by "
+            "an earlier run. Choose another run_dir, or empty this one"
+        )
+
+
 def move_aside(run_dir: Path) -> None:
-    """Make room for a new run: nothing of an earlier one is deleted, or mixed into it."""
-    if any(run_dir.glob("*")):
+    """Make room for a new run: nothing of an earlier one is deleted, or mixed into it.
+
+    Raises ValueError where it is not a run directory, or another run lives inside it.
+    """
+    if _visible(run_dir):
+        refuse_foreign_run_dir(run_dir)
+        for lock in run_dir.rglob(".*.lock"):
+            inside = lock.with_name(lock.name[1:].removesuffix(".lock"))
+            if owner := owner_of(inside):
+                raise ValueError(
+                    f"run_dir: {run_dir} would be moved aside, and {inside} in it is in use by {owner}. Wait until it "
+                    "is done, or choose another run_dir"
+                )
         number = next(n for n in itertools.count(1) if not Path(f"{run_dir}.{n}").exists())
         run_dir.rename(f"{run_dir}.{number}")
         print(f"{run_dir} held an earlier run, moved to {run_dir}.{number} (--resume auto goes on)", flush=True)
+
+
+def _visible(directory: Path) -> list[Path]:
+    return [path for path in directory.glob("*") if not path.name.startswith(".")]
+
+
+def _is_run_config(path: Path) -> bool:
+    try:
+        keys = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False
+    return isinstance(keys, dict) and keys.keys() >= {"run_dir", "deepspeed_config", "model", "data"}
 
 
 def _write(path: Path, text: str) -> None:
     new = path.with_name(path.name + ".new")
     new.write_text(text)
     os.replace(new, path)
+
+
+def _saved(directory: Path) -> list[Path]:
+    """The checkpoints in a directory, oldest first: of exactly our names, so that copies that people make stay."""
+    return sorted((path for path in directory.glob("step-*") if re.fullmatch(r"step-\d+", path.name)), key=_step)
 
 
 def _step(checkpoint: Path) -> int:

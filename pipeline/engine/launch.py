@@ -10,14 +10,16 @@ import torch
 from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import launcher
-from pipeline.engine import lost_contact
+from pipeline.engine import collectives, lost_contact
 
 
 def join_process_group() -> torch.device:
     """Meet the other ranks, started by deepspeed, mpirun, torchrun or srun, and return this rank's device.
 
-    A process started on its own, by plain python, is a world of one.
+    A process started on its own, by plain python, is a world of one. Raises ValueError where the environment is not
+    whole, or the world that came together is not what it says.
     """
+    launcher.check_environment()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that newer torch deprecates: nothing that a user could mend.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
@@ -29,12 +31,17 @@ def join_process_group() -> torch.device:
         names = {"RANK": "SLURM_PROCID", "LOCAL_RANK": "SLURM_LOCALID", "WORLD_SIZE": "SLURM_STEP_NUM_TASKS"}
         os.environ |= {name: os.environ[slurm] for name, slurm in names.items()}
         os.environ.setdefault("MASTER_PORT", "29500")
-    elif not {"RANK", *launcher.MPI_RANKS} & os.environ.keys():
+    elif "RANK" not in os.environ and not launcher.started_by_mpi():
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             free_port = str(free.getsockname()[1])
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
         os.environ.setdefault("MASTER_PORT", free_port)
+    elif not launcher.started_by_mpi():
+        os.environ.setdefault("LOCAL_RANK", "0")  # of a world of one: without it DeepSpeed asks MPI, whatever RANK says
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+    expected = launcher.expected_world()
     # Under mpirun DeepSpeed would put its own default in the place of MASTER_PORT.
     port = int(os.environ.get("MASTER_PORT", 29500))
     try:
@@ -46,6 +53,11 @@ def join_process_group() -> torch.device:
             f"port {port} on this host is taken, perhaps by another job: choose another one with --master_port of the "
             "launcher (deepspeed, torchrun), or export MASTER_PORT (plain python, srun, mpirun)"
         ) from None
+    if expected not in (None, collectives.world_size()):
+        raise ValueError(
+            f"the environment says that there are {expected} ranks, and {collectives.world_size()} came together. "
+            "Under mpirun, use the MPI that mpi4py was built with; else start with deepspeed or torchrun"
+        )
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     lost_contact.introduce()  # with the device set: NCCL's collectives happen there

@@ -12,14 +12,20 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from pipeline.config.schema import ModelConfig
+from pipeline.models.weights import check_weights
 
 
 def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
     """The model in float32 (DeepSpeed casts it), in training mode; partitioned from the start under ZeRO-3.
 
     `name_or_path` is a hub id or a directory with weights, or a `*.json` model config: then the weights are random,
-    from `seed`. Raises ValueError where there is no such model.
+    from `seed`. Raises ValueError where there is no such model, or its weights are not all there.
     """
+    if not config.name_or_path.endswith(".json"):
+        try:
+            check_weights(config)  # before partitions are made: there, transformers names less
+        except OSError as error:
+            raise _no_model(config, error) from error
     # Alive while the model is made, this makes transformers load and initialise ZeRO-3 partitions correctly, tied
     # weights included; a bare deepspeed.zero.Init initialises GPT-Neo wrongly.
     zero3 = HfDeepSpeedConfig(deepspeed_config) if deepspeed_config else None

@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 from pipeline.config.cli import to_yaml
 from pipeline.config.schema import Config
 from pipeline.config.timing import outermost
+from pipeline.data.planted import PREFIX
+from pipeline.data.prepared import load_report
 from pipeline.data.samples import Samples
 from pipeline.record import ledger
 from pipeline.record.outcome import Decided, Outcome
-from pipeline.record.tensorboard import TensorBoard
+from pipeline.record.tensorboard import SHOWN_SUBSETS, TensorBoard
 
 
 class Recorder:
@@ -35,7 +37,7 @@ class Recorder:
         if config.observe.log_texts:
             self._tokenizer = AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer"))
         self._ledger = ledger.Ledger(run_dir, step)
-        self._board = TensorBoard(run_dir, step, ledger.read(run_dir))
+        self._board = TensorBoard(run_dir, step, ledger.read(run_dir), _largest_subsets(config))
         if not step:
             self._board.hyperparameters(to_yaml(config))
         # A log file gets a line now and then instead of a bar that moves.
@@ -121,7 +123,11 @@ class Recorder:
         )
 
     def evaluation(self, figures: dict[str, Any], step: int) -> None:
-        for name, row in [("all", figures["all"]), *figures["subsets"].items()]:
+        """Held-out figures: of all, and of the subsets that TensorBoard shows. (summary.json has every one.)"""
+        shown = [(name, row) for name, row in figures["subsets"].items() if self._board.shown(name) == name]
+        more = [(name, row) for name, row in figures["subsets"].items() if self._board.shown(name) != name]
+        shown += sorted(more, key=lambda pair: -pair[1]["tokens"])[: max(SHOWN_SUBSETS - len(shown), 0)]
+        for name, row in [("all", figures["all"]), *shown]:
             self._board.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", "bits_per_byte")}, step)
 
     def commit(self, step: int) -> None:
@@ -138,6 +144,16 @@ class Recorder:
     def _text_of(self, row: dict[str, Any]) -> str:
         assert self._tokenizer
         return str(self._tokenizer.decode(self._samples.tokens_of(row["sample_id"], row["document_ids"])))
+
+
+def _largest_subsets(config: Config) -> list[str]:
+    """Of the training split, the largest first; none where nothing was prepared."""
+    try:
+        part = load_report(config.data.prepared_dir)["train"]
+    except ValueError:
+        return []
+    planted = [PREFIX + kind for kind in part.get("planted", {})]
+    return planted + sorted(part["subsets"], key=lambda name: (-part["subsets"][name]["tokens"], name))
 
 
 def _scoring(seconds: Mapping[str, float]) -> float:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,13 @@ import pyarrow as pa
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.record import ledger, subset_rates
+
+SHOWN_SUBSETS = 32
+"""Subsets with curves of their own; the rest of hundreds share one, or the files grow without bound."""
+
+
+OTHER = "other"
+
 
 _TEXTS = 4
 
@@ -36,13 +43,16 @@ _LAYOUT = {
 class TensorBoard:
     """Writes RUN_DIR/tensorboard; one process, rank 0.
 
-    Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged.
+    Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged. `subsets`, the
+    largest first: the first `SHOWN_SUBSETS` of them, then of the ledger's, have curves; the rest is `other`.
     """
 
-    def __init__(self, run_dir: Path, step: int, rows: pa.Table) -> None:
+    def __init__(self, run_dir: Path, step: int, rows: pa.Table, subsets: Sequence[str] = ()) -> None:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
+        # A subset that is itself called `other` is part of the rest, or the two would share a curve.
+        self._shown = dict.fromkeys([name for name in subsets if name != OTHER][:SHOWN_SUBSETS])
         self._count(rows)
         self._step = step
         self._seen_standing_out = {(row["subset"], row["stands_out"]) for row in self._standing_out()}
@@ -77,8 +87,7 @@ class TensorBoard:
             },
             step,
         )
-        for subset, units in self._units.items():
-            removed = self._removed[subset]
+        for subset, (units, removed) in self.by_subset().items():
             self.scalars(
                 {
                     f"influence/removed_by_subset/{subset}": removed,
@@ -94,6 +103,19 @@ class TensorBoard:
             new = [r for r in self._standing_out() if (r["subset"], r["stands_out"]) not in self._seen_standing_out]
             self._seen_standing_out |= {(row["subset"], row["stands_out"]) for row in new}
             self._warn(new, step)
+
+    def by_subset(self) -> dict[str, tuple[int, int]]:
+        """(units, removed) since the run began, of the subsets that are shown; all others are `other` together."""
+        counts: dict[str, tuple[int, int]] = {}
+        for subset, units in self._units.items():
+            name = self.shown(subset)
+            before = counts.get(name, (0, 0))
+            counts[name] = (before[0] + units, before[1] + self._removed[subset])
+        return counts
+
+    def shown(self, subset: str) -> str:
+        """The name of the curve that a subset is part of."""
+        return subset if subset in self._shown else OTHER
 
     def removed_texts(self, rows: pa.Table, text_of: Callable[[dict[str, Any]], str], step: int) -> None:
         """The worst few of the removed units among `rows`, decoded by `text_of(row)`, one after another."""
@@ -120,7 +142,11 @@ class TensorBoard:
             self._writer.add_text("influence/standing_out", text, step)
 
     def _count(self, rows: pa.Table) -> None:
-        for subset, (units, removed) in ledger.counts_by_subset(rows).items():
+        counts = ledger.counts_by_subset(rows)
+        for subset in sorted(counts, key=lambda subset: -counts[subset][0]):
+            if len(self._shown) < SHOWN_SUBSETS and subset != OTHER:
+                self._shown.setdefault(subset)
+        for subset, (units, removed) in counts.items():
             self._units[subset] += units
             self._removed[subset] += removed
 

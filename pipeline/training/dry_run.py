@@ -4,6 +4,7 @@ import gc
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from pipeline.config.launcher import launched_rank
+from pipeline.config.ownership import owned
 from pipeline.config.schema import Config
 from pipeline.data.prepared import load_report
 from pipeline.engine import collectives, deepspeed_engine, launch
-from pipeline.engine.checkpoints import find_checkpoint
+from pipeline.engine.checkpoints import find_checkpoint, refuse_foreign_run_dir
 
 
 def dry_run(config: Config, train: Callable[..., object]) -> None:
@@ -22,7 +25,8 @@ def dry_run(config: Config, train: Callable[..., object]) -> None:
     written after the first and read for the second; evaluation and export included. Prints what was found, removes it.
 
     Goes through config, files, dataset, hosts, agreement of the ranks, memory, disk; each fails with its own message.
-    Raises ValueError where the disk has no room for the checkpoints of the run. Collective.
+    Raises ValueError where that directory is somebody's own, or in use, or the disk has no room for the checkpoints of
+    the run. Collective.
     """
     place = f"{config.run_dir}.dry_run"
     once = replace(
@@ -32,6 +36,15 @@ def dry_run(config: Config, train: Callable[..., object]) -> None:
         checkpoint=replace(config.checkpoint, every_steps=1),
         observe=replace(config.observe, eval_every_steps=None),
     )
+    with ExitStack() as ownership:
+        if launched_rank() == 0:
+            ownership.enter_context(owned(place, "run_dir"))
+            refuse_foreign_run_dir(Path(place))
+            shutil.rmtree(place, ignore_errors=True)  # of a dry run that was killed
+        _rehearse(config, once, place, train)
+
+
+def _rehearse(config: Config, once: Config, place: str, train: Callable[..., object]) -> None:
     seconds = []
     try:
         for steps, resume in ((1, "none"), (2, "auto")):

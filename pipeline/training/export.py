@@ -5,6 +5,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
 from pipeline.config.schema import Config
 from pipeline.engine import deepspeed_engine
 from pipeline.engine.checkpoints import Progress
@@ -25,6 +27,7 @@ def finish(
     if recorder is None:
         return None
     run_dir = Path(config.run_dir)
+    agree_with_tokenizer(ds_engine.module, AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer")))
     ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
     shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
     units = ledger.counts_by_subset(ledger.read(run_dir))
@@ -41,3 +44,14 @@ def finish(
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
+
+
+def agree_with_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model's config and generation config the bos, eos and pad of the tokenizer that it was trained with:
+    text would else begin or end at another's. Several ends of text stay where the tokenizer's is one of them."""
+    configs = [model.config, model.config.get_text_config(decoder=True), getattr(model, "generation_config", None)]
+    for settings in (settings for settings in configs if settings is not None):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            token, old = getattr(tokenizer, name), getattr(settings, name, None)
+            if token is not None and token != old and not (isinstance(old, list) and token in old):
+                setattr(settings, name, token)

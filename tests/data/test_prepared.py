@@ -213,7 +213,9 @@ def test_max_sequences_stops_the_reading_and_fills_every_row(tmp_path, small_tok
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     monkeypatch.setattr(module, "BATCH_DOCUMENTS", 10)
     hub = "owner/name"
-    config = make_config(tmp_path, small_tokenizer, hub, max_sequences=5, eval_files=hub, max_eval_sequences=1)
+    held_out = write(tmp_path / "e.jsonl", 300, first=300)
+    limits = {"max_sequences": 5, "max_eval_sequences": 1}
+    config = make_config(tmp_path, small_tokenizer, hub, eval_files=held_out, **limits)
     prepare(config)
     assert 0 < len(read) <= 40
     report = load_report(config.data.prepared_dir)
@@ -229,8 +231,10 @@ def test_max_sequences_stops_the_reading_and_fills_every_row(tmp_path, small_tok
 def planted(tmp_path, small_tokenizer):
     """The same documents, foreign ones aside, prepared without noise and with."""
     (tmp_path / "foreign.txt").write_text("ÆØÅ " * 300)
-    file = write(tmp_path / "f.jsonl", 200)
-    clean = make_config(tmp_path, small_tokenizer, file, eval_files=file, prepared_dir=str(tmp_path / "clean"))
+    files = {"eval_files": write(tmp_path / "e.jsonl", 50, first=200)}
+    clean = make_config(
+        tmp_path, small_tokenizer, write(tmp_path / "f.jsonl", 200), **files, prepared_dir=str(tmp_path / "clean")
+    )
     noise = {"planted_noise": 0.2, "planted_foreign_files": str(tmp_path / "foreign.txt")}
     noisy = remade(clean, prepared_dir=str(tmp_path / "noisy"), **noise)
     for config in (clean, noisy):
@@ -366,8 +370,8 @@ def test_a_dataset_made_with_other_settings_is_noticed(prepared, change, named):
 
 
 def test_an_eval_split_that_is_not_asked_for_is_accepted_and_one_that_is_missing_is_not(tmp_path, small_tokenizer):
-    file = write(tmp_path / "f.jsonl", 20)
-    with_eval = make_config(tmp_path, small_tokenizer, file, eval_files=file, max_eval_sequences=1)
+    file, held_out = write(tmp_path / "f.jsonl", 20), write(tmp_path / "e.jsonl", 20, first=20)
+    with_eval = make_config(tmp_path, small_tokenizer, file, eval_files=held_out, max_eval_sequences=1)
     without = remade(with_eval, eval_files=None, max_eval_sequences=None)
     ensure_prepared(with_eval)
     ensure_prepared(without)
@@ -378,7 +382,7 @@ def test_an_eval_split_that_is_not_asked_for_is_accepted_and_one_that_is_missing
     with pytest.raises(ValueError, match="max_eval_sequences: 1 -> 2"):
         ensure_prepared(remade(with_eval, max_eval_sequences=2))
     prepare(without)
-    with pytest.raises(ValueError, match=r"eval_files\.0\.name: 'absent' -> 'f\.jsonl'"):
+    with pytest.raises(ValueError, match=r"eval_files\.0\.name: 'absent' -> 'e\.jsonl'"):
         ensure_prepared(with_eval)
 
 

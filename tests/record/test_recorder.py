@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.record import ledger, subset_rates
 from pipeline.record.ledger import counts_by_subset
 from pipeline.record.summary import print_summary
-from pipeline.record.tensorboard import TensorBoard
+from pipeline.record.tensorboard import SHOWN_SUBSETS, TensorBoard
 from tests.runs import ADAM, config_of, deepspeed_json, run
 
 
@@ -229,3 +229,21 @@ def test_private_corpora_leave_no_text_in_tensorboard(ranks, corpus, tiny_model,
     assert False in ledger.read(tmp_path / "run")["kept"].to_pylist()
     tags = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload().Tags()
     assert sorted(tags["tensors"]) == ["custom_scalars__config__", "hyperparameters/text_summary"]
+
+
+def test_hundreds_of_subsets_have_a_bounded_number_of_curves_that_add_up(tmp_path):
+    """Catches a curve for every subset, and a rest that nobody counts."""
+    names = [f"s{number:03}" for number in range(300)] + ["other"]
+    [row] = step_rows(1, 0).slice(0, 1).to_pylist()
+    rows = [row | {"subset": name, "kept": number % 2 == 0} for number, name in enumerate(names)]
+    board = TensorBoard(tmp_path, 0, ledger.SCHEMA.empty_table(), names[::-1])
+    for step in (1, 2):
+        board.influence(pa.Table.from_pylist(rows, ledger.SCHEMA), step, histogram=False)
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0}).Reload()
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("influence/removed_by_subset/")]
+    assert len(tags) == SHOWN_SUBSETS + 1
+    assert "influence/removed_by_subset/s299" in tags
+    assert "influence/removed_by_subset/s000" not in tags
+    assert sum(events.Scalars(tag)[-1].value for tag in tags) == 2 * 150
+    assert sum(events.Scalars(tag.replace("influence/removed_", "kept/"))[-1].value for tag in tags) == 2 * 151
