@@ -27,9 +27,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.config.schema import InfluenceConfig, PolicyConfig, SketchConfig
+    from pipeline.influence.check_model import check_model
     from pipeline.training.influence_engine import InfluenceEngine
 
-__all__ = ["InfluenceConfig", "InfluenceEngine", "PolicyConfig", "SketchConfig"]
+__all__ = ["InfluenceConfig", "InfluenceEngine", "PolicyConfig", "SketchConfig", "check_model"]
 
 
 def __getattr__(name: str) -> Any:
@@ -38,6 +39,10 @@ def __getattr__(name: str) -> Any:
         from pipeline.training.influence_engine import InfluenceEngine
 
         return InfluenceEngine
+    if name == "check_model":
+        from pipeline.influence.check_model import check_model
+
+        return check_model
     if name in __all__:
         from pipeline.config import schema
 
