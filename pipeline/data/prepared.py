@@ -1,14 +1,12 @@
 """Documents -> tokens -> packed rows on disk, with a fingerprint of what made them. One pass, bounded memory.
 
-    prepared_dir/train/ eval/ reference/ rows (see `load_split`), memory-mapped by `datasets`
-    prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
-                                     tokens (in the rows, with its frame), bytes (UTF-8, of these tokens)
-    prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
-    prepared_dir/fingerprint.json    what made the dataset
-    prepared_dir/files.json          hashes of the files by path and time, so that they are read once
-    prepared_dir/report.json         what is in it, and what was wrong with the files
-
-Run it with `python -m pipeline.prepare --config run.yaml`; training does where the directory is missing.
+prepared_dir/train/ eval/ reference/ rows (see `load_split`), memory-mapped by `datasets`
+prepared_dir/documents/*.parquet where every document came from, for audits: document_id, file, line, subset,
+                                 tokens (in the rows, with its frame), bytes (UTF-8, of these tokens)
+prepared_dir/tokenizer/          the tokenizer, as `AutoTokenizer` reads it
+prepared_dir/fingerprint.json    what made the dataset
+prepared_dir/files.json          hashes of the files by path and time, so that they are read once
+prepared_dir/report.json         what is in it, and what was wrong with the files
 """
 
 import glob

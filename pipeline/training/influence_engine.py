@@ -39,6 +39,8 @@ class InfluenceEngine:
     of dicts as in a batch, but one sequence each. `norms_every_steps`: when norms of layer inputs are wanted in the
     outcome. `audit_every_steps`: when scores are held against how much losses fell, one more forward.
 
+    `scorer`: in place of what `influence` asks for (baselines, measurements); `timed`: a stopwatch of the caller's.
+
     Raises ValueError where model, engine and configs do not go together.
     """
 
