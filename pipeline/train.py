@@ -34,6 +34,7 @@ from pipeline.engine.lost_contact import exit_on_lost_contact
 from pipeline.engine.resume import changed_settings, refuse_earlier_end
 from pipeline.influence.table import check_effect, owns_accumulation
 from pipeline.models.load import load_model
+from pipeline.models.reference_model import load_reference_model
 from pipeline.record.recorder import Recorder
 from pipeline.record.starts import Start, keep_start
 from pipeline.record.summary import print_summary
@@ -71,7 +72,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
         said = notes(config, settings) + check_effect(config, settings, world)
         checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
         written_under, changed = settings, list[str]()
-        if owns_accumulation(config.influence):
+        if owns_accumulation(config.influence, config.policy):
             settings["managed_gradient_accumulation"] = False
         if checkpoint:
             refuse_earlier_end(checkpoint, end)
@@ -85,6 +86,9 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
         model = load_model(config.model, config.seed, settings)
         check_before_training(config, model)
         ds_engine = deepspeed_engine.initialize(model, settings)
+        reference_model = None
+        if config.influence.reference_model:
+            reference_model = deepspeed_engine.frozen(load_reference_model(config, settings), ds_engine, settings)
         engine = InfluenceEngine(
             ds_engine,
             config.influence,
@@ -93,6 +97,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
             reference,
             norms_every_steps=config.observe.every_steps,
             audit_every_steps=config.observe.audit_every_steps,
+            reference_model=reference_model,
         )
         identity = {
             "seed": config.seed,
@@ -111,8 +116,9 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
                 print(what, flush=True)
             if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
                 move_aside(Path(config.run_dir))
-            where = (engine.step, engine.position, world, engine.size * world, engine.accumulation)
-            keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out))
+            where = (engine.step, engine.position, world, engine.size * world, engine.micro_batches)
+            pool = config.policy.pool or 1
+            keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool))
             recorder = Recorder(config, samples, engine.step)
 
     def hold_out() -> None:
@@ -127,7 +133,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     stop, unhealthy = StopSignal(), 0
     while engine.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
         learning_rate = ds_engine.get_lr()[0]
-        batches = samples.micro_batches(engine.position, rank, world, engine.size, engine.accumulation, device)
+        batches = samples.micro_batches(engine.position, rank, world, engine.size, engine.micro_batches, device)
         try:
             outcome = engine.train_step(batches, stop.requested)
         except FloatingPointError as error:

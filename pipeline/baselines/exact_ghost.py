@@ -27,6 +27,7 @@ class ExactGhost:
     """
 
     after_backward = True
+    compares = True
     reads_second_moments = False
 
     def __init__(self, model: PreTrainedModel, timed: Stopwatch) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config.paths import expand
-from pipeline.config.rules import at_least_one, decays, fractions, not_negative
+from pipeline.config.rules import at_least_one, decays, fractions, not_negative, positive
 
 TRAIN_TOKENIZER = "train"
 BUILTIN = "builtin"
@@ -120,8 +120,9 @@ class InfluenceConfig:
     lai: all layers' inputs with the logit gradient (Eq. 4 of arXiv 2510.16007); lli: the LM head's input only;
     residual: the head's with the logit gradient, the others' with that gradient brought back to the residual stream;
     ghost: the inner product of true gradients (Eq. 3), out of the training backward, what is dropped being taken out
-    again by a pass over it alone; loss: minus the mean loss; random: a seeded random number; none: nothing is scored
-    and the policy does nothing."""
+    again by a pass over it alone; lookahead: how much a loss falls when the weights move a fraction of Adam's coming
+    step along the reference's gradient; rho: the loss less that of `reference_model`; loss: minus the mean loss;
+    random: a seeded random number; none: nothing is scored and the policy does nothing."""
     reference: Literal["batch", "running", "validation"] = "batch"
     """Whose loss counts. batch: the global micro-batch itself (self-influence); running: an exponential mean over the
     micro-batches so far and this one; validation: `data.reference_files`."""
@@ -130,7 +131,16 @@ class InfluenceConfig:
     validation_sequences: int = 16
     """validation: size of the random subset that stands for the set, drawn anew at every refresh."""
     validation_every_steps: int = 1
-    """validation: optimizer steps between refreshes, one more forward of the subset each (ghost: and backward)."""
+    """validation: optimizer steps between refreshes, one more forward of the subset each (ghost, lookahead: and
+    backward)."""
+    reference_model: str | None = None
+    """rho: hub id or local directory of a frozen model, trained on what shall be learnt, with the same tokenizer.
+    `pipeline.train` on such files with `--influence.estimator none` makes one (RUN_DIR/model)."""
+    lookahead_step: float = 0.1
+    """lookahead: how far the weights move, as a fraction of the optimizer's step at its rate."""
+    score_prefix: float = 1.0
+    """Score by this first fraction of a sequence only, where scoring is a pass of its own (`policy.rule: top`,
+    `passes: score_first`)."""
     include_self: bool = True
     """Whether a unit's self-influence, always positive, is part of its score (the paper: yes)."""
     unit: Literal["sequence", "document"] = "sequence"
@@ -166,7 +176,19 @@ class InfluenceConfig:
     def __post_init__(self) -> None:
         names = ("validation_sequences", "validation_every_steps", "adam_every_steps")
         at_least_one({f"influence.{name}": getattr(self, name) for name in names})
+        expand(self, "reference_model")
         decays({"influence.adam_decay": self.adam_decay, "influence.running_decay": self.running_decay})
+        positive({"influence.lookahead_step": self.lookahead_step, "influence.score_prefix": self.score_prefix})
+        fractions({"influence.score_prefix": self.score_prefix})
+        if (self.estimator == "rho") != (self.reference_model is not None):
+            raise ValueError(
+                "influence.estimator 'rho' and influence.reference_model, the model that it compares with, go together"
+            )
+        if self.estimator == "lookahead" and self.reference != "validation":
+            raise ValueError(
+                "influence.estimator 'lookahead' moves the weights along the gradient of a reference: set "
+                "influence.reference to validation, and data.reference_files"
+            )
 
 
 @dataclass(frozen=True)
@@ -174,9 +196,17 @@ class PolicyConfig:
     action: Literal["drop", "reweight", "observe"] = "drop"
     """drop: flagged units get weight zero; reweight: weight = positive part of the score, scaled to mean one over the
     global micro-batch; observe: score everything, change nothing."""
-    rule: Literal["threshold", "rate"] = "threshold"
+    rule: Literal["threshold", "rate", "top"] = "threshold"
     """What is flagged. threshold: scores below `threshold` (the paper: 0); rate: the lowest `rate` of the global
-    micro-batch, fractions by seeded stochastic rounding."""
+    micro-batch, fractions by seeded stochastic rounding; top: all but the best 1/`pool` of the sequences that an
+    optimizer step reads, `pool` times those that it trains on."""
+    pool: int | None = None
+    """top: candidates read for each sequence that is trained on. Micro-batch, accumulation and tokens of a step stay
+    what the DeepSpeed JSON says; candidates are scored in a pass of their own, whatever `influence.passes`, together,
+    whatever `influence.scope`, and each is read once."""
+    temperature: float = 0.0
+    """top: sample without replacement instead, by scores over this many of their own standard deviations in the pool
+    (0: the best; large: any)."""
     threshold: float = 0.0
     """Scores below it are flagged, in the units of the score."""
     flag: Literal["lowest", "highest"] = "lowest"
@@ -201,6 +231,21 @@ class PolicyConfig:
             raise ValueError(
                 f"policy.rate {self.rate} is above policy.max_drop_fraction {self.max_drop_fraction}: lower the one "
                 "or raise the other"
+            )
+        if (self.rule == "top") != (self.pool is not None):
+            raise ValueError(
+                "policy.rule 'top' and policy.pool, the candidates read for each sequence trained on, go together: set "
+                "both or neither"
+            )
+        if self.pool is not None and self.pool < 2:
+            raise ValueError(f"policy.pool {self.pool} leaves nothing to choose from: set it to 2 or more")
+        not_negative({"policy.temperature": self.temperature})
+        if self.temperature and self.rule != "top":
+            raise ValueError("policy.temperature is for policy.rule 'top'; leave it out")
+        if self.rule == "top" and self.action != "drop":
+            raise ValueError(
+                f"policy.rule 'top' trains on the best of what it reads, and policy.action '{self.action}' would train "
+                "on all: set action to drop, or choose another rule"
             )
         if self.flag == "highest" and self.action == "reweight":
             raise ValueError(

@@ -58,7 +58,7 @@ class Kind:
         """One step, with what a run takes down of it."""
         engine, rank, world = self.engine, collectives.rank(), collectives.world_size()
         engine.step, engine.position = step - 1, position
-        batches = self.samples.micro_batches(position, rank, world, engine.size, engine.accumulation, launch.device())
+        batches = self.samples.micro_batches(position, rank, world, engine.size, engine.micro_batches, launch.device())
         outcome = engine.train_step(batches)
         if self.recorder:
             with engine.timed("ledger, TensorBoard"):
@@ -77,9 +77,17 @@ def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
     # Texts would want a tokenizer.
     config = replace(config, observe=replace(config.observe, audit_every_steps=None, log_texts=False))
     plain = replace(
-        influence, estimator="none", precondition="none", reference="batch", scope="micro_step", passes="one"
+        influence,
+        estimator="none",
+        precondition="none",
+        reference="batch",
+        scope="micro_step",
+        passes="one",
+        score_prefix=1.0,
+        reference_model=None,
     )
-    found = {PLAIN: replace(config, influence=plain)}
+    rule = replace(config.policy, rule="threshold", pool=None, temperature=0.0) if config.policy.pool else config.policy
+    found = {PLAIN: replace(config, influence=plain, policy=rule)}
     for name in names:
         estimator, _, precondition = name.partition("/")
         chosen: dict[str, Any] = {
@@ -89,8 +97,12 @@ def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
         known = get_args(InfluenceConfig.__annotations__["precondition"])
         if chosen["precondition"] not in known:
             raise ValueError(f"benchmark.estimators: '{name}': no '{precondition}'; there are {', '.join(known)}")
-        base = plain if estimator == "none" else influence
-        found[name] = replace(config, influence=replace(base, **chosen))
+        base, policy = (plain, rule) if estimator == "none" else (influence, config.policy)
+        found[name] = replace(config, influence=replace(base, **chosen), policy=policy)
+        if estimator == "rho":
+            raise ValueError(
+                "benchmark.estimators: 'rho' costs one forward of its reference model more, which is not measured here"
+            )
         try:
             check_config(found[name], settings)
         except ValueError as error:
@@ -182,7 +194,7 @@ def _prepare(
     config: BenchmarkRun, configs: dict[str, BenchmarkRun], device: torch.device, records: Path
 ) -> tuple[deepspeed_engine.DeepSpeedEngine, dict[str, Kind]]:
     """One engine, and all kinds of steps on it."""
-    ours = [own for own in configs.values() if owns_accumulation(own.influence)]
+    ours = [own for own in configs.values() if owns_accumulation(own.influence, own.policy)]
     settings = read_deepspeed_config(config)
     if ours:
         settings["managed_gradient_accumulation"] = False
@@ -268,7 +280,8 @@ def _figures(kind: Kind) -> dict[str, Any]:
     """Of one kind of step by itself."""
     assert kind.work is not None
     config, median = kind.config, float(np.median(kind.seconds))
-    tokens = kind.engine.size * kind.engine.accumulation * config.data.sequence_length
+    trained = kind.engine.micro_batches // (config.policy.pool or 1)
+    tokens = kind.engine.size * trained * config.data.sequence_length
     # Three times the forward is what a model needs; recomputation is not counted in.
     peak, needed = config.benchmark.peak_tflops, 3e-12 * kind.work.flops["forward"]
     return {
@@ -294,7 +307,7 @@ def _compared(kind: Kind, plain: Kind) -> dict[str, Any]:
         **_ratios("step_time_ratio", kind.seconds, plain.seconds),
         "step_time_ratio_mean": sum(kind.seconds) / sum(plain.seconds),
         **_ratios("cpu_time_ratio", kind.cpu_seconds, plain.cpu_seconds),
-        "bytes_per_micro_batch": sum(wire.values()) / kind.engine.accumulation,
+        "bytes_per_micro_batch": sum(wire.values()) / kind.engine.micro_batches,
         "scoring_wire_bytes": {name: count for name, count in sorted(wire.items()) if count},
         "scoring_gflop": (flops - base) / 1e9,
         "scoring_flop_ratio": flops / base,

@@ -22,6 +22,7 @@ from pipeline.cost.meta_step import META, Counted, MetaStep, count
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import PHASES
 from pipeline.influence.scorer import SketchScorer
+from pipeline.influence.table import scores_apart
 from pipeline.models.load import model_without_weights
 from pipeline.models.second_moments import SecondMoments
 
@@ -176,10 +177,10 @@ def plan(config: BenchmarkRun) -> dict[str, Any]:
     """
     configs, cluster = variants(config), cluster_of(config)
     influence = config.influence
-    if influence.reference == "validation" or influence.scope == "step" or influence.passes == "score_first":
+    if influence.reference == "validation" or influence.scope == "step" or scores_apart(influence, config.policy):
         raise ValueError(
             "--plan counts scoring that takes no forward of its own: set influence.reference to batch or "
-            "running, influence.scope to micro_step and influence.passes to one"
+            "running, influence.scope to micro_step, influence.passes to one and policy.rule to another than top"
         )
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cluster.precision, torch.float32)
     model = model_without_weights(config.model, dtype)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil
 
 import torch
 from torch import Tensor
@@ -81,6 +82,18 @@ class Batch:
         ids_BT = self.input_ids_BT.clone()
         ids_BT[self._rows_U()[units_U].to(ids_BT.device)] = 0
         return replace(self, input_ids_BT=ids_BT)
+
+    def prefix(self, fraction: float) -> "Batch":
+        """The first positions of every sequence, at least two. For units that are whole sequences."""
+        whole = self.input_ids_BT.shape[1]
+        length = min(whole, max(2, ceil(fraction * whole)))
+        units = []
+        for unit in self.units:
+            row, start = divmod(unit.span[0], whole)
+            stop = unit.span[1] - row * whole
+            units.append(replace(unit, span=(row * length + min(start, length), row * length + min(stop, length))))
+        others = {name: values[:, :length] for name, values in self.others.items()}
+        return Batch(self.input_ids_BT[:, :length], self.labels_BT[:, :length], units, others)
 
     @property
     def positions_U(self) -> Tensor:

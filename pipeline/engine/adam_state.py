@@ -1,14 +1,12 @@
 """Adam's second moments out of a running engine, at any ZeRO stage."""
 
-import itertools
 from typing import Any
 
 import torch
 from deepspeed import DeepSpeedEngine
-from torch import Tensor
 
 from pipeline.engine import collectives
-from pipeline.engine.launch import device
+from pipeline.engine.own_parts import own_part
 from pipeline.models.second_moments import SecondMoments
 
 
@@ -29,7 +27,8 @@ def second_moments(engine: DeepSpeedEngine) -> SecondMoments | None:
     sums = []
     for parameter in matrices.values():
         experts, rows, columns = (1, *_shape(parameter))[-3:]
-        start, values = _own_second_moment(engine, parameter)
+        own = own_part(engine, parameter)
+        start, values = own.start, own.state(engine, "exp_avg_sq")
         # Whole rows around this rank's slice.
         first, offset = divmod(start, columns)
         filled = values.new_zeros(-(-(offset + len(values)) // columns) * columns)
@@ -59,37 +58,3 @@ def second_moments(engine: DeepSpeedEngine) -> SecondMoments | None:
 def _shape(parameter: Any) -> tuple[int, ...]:
     """Of the whole parameter."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _own_second_moment(engine: DeepSpeedEngine, parameter: Any) -> tuple[int, Tensor]:
-    """This rank's slice of the flattened second moment of `parameter`, and where it starts."""
-    if hasattr(parameter, "ds_id"):
-        values = parameter._z3_optimizer.get_local_fp32_param(parameter, "exp_avg_sq")
-        start = min(collectives.rank() * len(values), parameter.ds_numel)
-        return start, values[: parameter.ds_numel - start]  # the last partition is padded
-    if not hasattr(parameter, "_hp_mapping"):  # ZeRO 0
-        return 0, _unpartitioned_second_moment(engine, parameter)
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return 0, torch.zeros(0, device=device())
-    # Not through the mapping's own copy of the state, which is of the last step, not of a checkpoint just loaded. Each
-    # group is one flat tensor to the optimizer inside: this rank's part of it.
-    (part,) = engine.basic_optimizer.param_groups[mapping.param_group_index]["params"]
-    where = mapping.hp_fragment_address
-    values = engine.basic_optimizer.state[part]["exp_avg_sq"].narrow(0, where.start, where.numel)
-    return mapping.lp_fragment_address.start, values.to(device())
-
-
-def _unpartitioned_second_moment(engine: DeepSpeedEngine, parameter: Any) -> Tensor:
-    """At ZeRO 0, flattened: every rank has it. Of bf16 and fp16 the optimizer inside sees copies in float32: one flat
-    tensor for each group, or (torch_adam) one for each parameter."""
-    state = engine.basic_optimizer.state
-    if parameter in state:
-        return state[parameter]["exp_avg_sq"].flatten()
-    groups = zip(engine.optimizer.fp16_groups, engine.basic_optimizer.param_groups, strict=True)
-    members, copies = next((low, group["params"]) for low, group in groups if any(p is parameter for p in low))
-    before = list(itertools.takewhile(lambda member: member is not parameter, members))
-    if len(copies) == len(members):
-        return state[copies[len(before)]]["exp_avg_sq"].flatten()
-    (flat,) = copies
-    return state[flat]["exp_avg_sq"].narrow(0, sum(member.numel() for member in before), parameter.numel())

@@ -58,6 +58,20 @@ def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> Deep
     return engine
 
 
+def frozen(model: PreTrainedModel, like: DeepSpeedEngine, deepspeed_config: dict[str, Any]) -> torch.nn.Module:
+    """`model` for forwards only, beside the engine `like`, in its precision: partitioned as it is under ZeRO-3, else
+    whole on every rank."""
+    model.requires_grad_(False).eval()
+    if like.zero_optimization_stage() < 3:
+        dtype = torch.bfloat16 if like.bfloat16_enabled() else torch.float16 if like.fp16_enabled() else torch.float32
+        return model.to(like.device, dtype)
+    kept = ("train_micro_batch_size_per_gpu", "bf16", "fp16", "zero_optimization")
+    settings = {key: value for key, value in deepspeed_config.items() if key in kept}
+    engine, *_ = deepspeed.initialize(model=model, config=settings, dist_init_required=False)
+    engine.eval()
+    return engine
+
+
 def settings_of(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What of its DeepSpeed JSON decides which estimators go with an engine, in the JSON's own form."""
     optimizer = engine.optimizer_name() or type(engine.basic_optimizer).__name__

@@ -30,8 +30,8 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     those that the seed puts there, where the prepared dataset still lies at `data.prepared_dir` (else no sample comes
     twice in an epoch); steps from 1, each of as many micro-batches of as many sequences as the start that it ran under
     (`record.starts`) says, or else as the others; parts named after their steps; kept exactly where the weight is
-    positive; no checkpoint of a later step (of an earlier one it may be: stopped between the two writes). Raises
-    ValueError where there is no run.
+    positive, and of a candidate pool its share; no checkpoint of a later step (of an earlier one it may be: stopped
+    between the two writes). Raises ValueError where there is no run.
     """
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
         raise ValueError(f"{run_dir} is no run directory: config.yaml or ledger/ is missing")
@@ -44,7 +44,7 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     if rows.empty:
         return "no units yet", violations
     starts = starts_of(run_dir)
-    checks = [_gaps_and_repeats(rows, starts), _steps(rows, starts), _kept_without_weight(rows)]
+    checks = [_gaps_and_repeats(rows, starts), _steps(rows, starts), _kept_without_weight(rows), _pools(rows, starts)]
     try:
         samples = Samples(load_split(prepared_dir, "train"), config["seed"], config["influence"]["unit"])
     except ValueError:
@@ -59,6 +59,8 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
         violations += first_few(check)
     steps, removed = rows["step"].nunique(), int((~rows["kept"]).sum())
     found = f"{len(rows)} units at positions 0..{rows['position'].max()}, {steps} steps, {removed} removed"
+    if any(start.pool > 1 for start in starts):
+        found += f", {len(rows) - removed} of those read trained on"
     return f"{found} ({how})", violations
 
 
@@ -130,6 +132,17 @@ def _steps(rows: pd.DataFrame, starts: Sequence[Start]) -> Iterator[str]:
 def _kept_without_weight(rows: pd.DataFrame) -> Iterator[str]:
     for index in _where(rows["kept"] != (rows["weight"] > 0)):
         yield f"{_at(rows, index)} has kept {rows['kept'][index]} at weight {rows['weight'][index]}"
+
+
+def _pools(rows: pd.DataFrame, starts: Sequence[Start]) -> Iterator[str]:
+    """Of a candidate pool exactly the sequences of a step are kept, fewer only where too few were finite."""
+    for step, part in rows.groupby("step"):
+        pool = start_of(starts, step).pool if starts else 1
+        if pool == 1:
+            continue
+        right = min(len(part) // pool, int((part["reason"] != "non_finite").sum()))
+        if (kept := int(part["kept"].sum())) != right:
+            yield f"step {step} read {len(part)} sequences and trained on {kept}, not on {right}, one of {pool}"
 
 
 def _twice_in_an_epoch(rows: pd.DataFrame) -> Iterator[str]:

@@ -1,6 +1,6 @@
-"""Controls: `loss`, `random` and `none`. They score units by themselves, from nothing but the losses."""
+"""What scores tokens by their losses: `loss`, `random`, `none`, `rho` and `lookahead`."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -10,48 +10,83 @@ from torch import Tensor
 from pipeline.data.batch import Batch
 
 _ALONE = "it compares with nothing"
+_ANOTHER = "it compares with influence.reference_model"
 _SIGN = "its scores all have one sign"
 
 
 class Loss:
-    """Minus the mean loss over labelled tokens."""
+    """Minus the loss."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first", "top"})
     because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE, "threshold": _SIGN}
     after_backward: ClassVar[bool] = False
 
-    def __init__(self, seed: int) -> None: ...
-
-    def scores(self, batch: Batch, losses_U: Tensor, tokens_U: Tensor) -> Tensor:
-        return -losses_U / tokens_U.clamp(min=1)
+    def token_scores(self, batch: Batch, losses_BT: Tensor) -> Tensor:
+        return -losses_BT
 
 
 class Random:
-    """A number from 0 to 1, a function of (seed, position, document)."""
+    """A number from 0 to 1, a function of (seed, position, document): one for all tokens of a unit."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first", "top"})
     because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE, "threshold": _SIGN}
     after_backward: ClassVar[bool] = False
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
 
-    def scores(self, batch: Batch, losses_U: Tensor, tokens_U: Tensor) -> Tensor:
+    def token_scores(self, batch: Batch, losses_BT: Tensor) -> Tensor:
         numbers = [np.random.default_rng([self._seed, u.position, u.document_ids[0]]).random() for u in batch.units]
-        return torch.tensor(numbers, device=losses_U.device)
+        return batch.spread_over_tokens(torch.tensor(numbers))
 
 
 class Nothing:
     """`none`: no score, so the policy does nothing."""
 
     accepts: ClassVar[frozenset[str]] = frozenset({"document", "threshold"})
-    because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE, "score_first": "it scores nothing"}
+    because: ClassVar[Mapping[str, str]] = {
+        "running": _ALONE,
+        "validation": _ALONE,
+        "score_first": "it scores nothing",
+        "top": "it scores nothing",
+    }
     after_backward: ClassVar[bool] = False
 
-    def __init__(self, seed: int) -> None: ...
+    def token_scores(self, batch: Batch, losses_BT: Tensor) -> Tensor:
+        return torch.full_like(losses_BT, torch.nan)
 
-    def scores(self, batch: Batch, losses_U: Tensor, tokens_U: Tensor) -> Tensor:
-        return torch.full_like(losses_U, torch.nan)
+
+class Rho:
+    """The loss less that of a frozen model, trained on what shall be learnt (RHO-LOSS, arXiv 2206.07137; by token,
+    Rho-1, arXiv 2404.07965). Positive is what that model does better, so what can be learnt and is not yet; noise is
+    hard for both. `reference_losses`: that model's, of every position."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first", "threshold", "top"})
+    because: ClassVar[Mapping[str, str]] = dict.fromkeys(
+        ("running", "validation"), "it compares with influence.reference_model"
+    )
+    after_backward: ClassVar[bool] = False
+
+    def __init__(self, reference_losses: Callable[[Batch], Tensor]) -> None:
+        self._reference_losses = reference_losses
+
+    def token_scores(self, batch: Batch, losses_BT: Tensor) -> Tensor:
+        return losses_BT - self._reference_losses(batch)
+
+
+class Lookahead:
+    """How much the loss falls when the weights go a fraction of Adam's coming step along the gradient of a reference,
+
+        s_t = loss_t(step(theta, 0)) - loss_t(step(theta, g)) ,
+
+    which to first order is the influence of the reference on the token, all parameters counted, in the geometry of
+    Adam's real step, and so (the inner product is symmetric) the token's on the reference. No hooks, any architecture.
+    Wants losses at two places: see `training.lookahead`.
+    """
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"validation", "document", "score_first", "threshold", "top"})
+    because: ClassVar[Mapping[str, str]] = {}
+    after_backward: ClassVar[bool] = False
 
 
 class Unwatched:

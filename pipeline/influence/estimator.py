@@ -57,7 +57,7 @@ class Scorable(Protocol):
 
     accepts: ClassVar[frozenset[str]]
     """Values of `influence.precondition`, `.reference`, `.unit`, `.passes` and `policy.rule` that it goes with, beside
-    none, batch, sequence, one and rate, which all go with."""
+    none, batch, sequence, one and rate, which all but `lookahead` go with."""
     because: ClassVar[Mapping[str, str]]
     """Why it does not go with a value, where there is more to say than that it does not."""
     after_backward: ClassVar[bool]
@@ -83,7 +83,7 @@ class Estimator(Scorable, Protocol):
 
 
 class Control(Scorable, Protocol):
-    """Scores units by themselves: no gradients, no reference."""
+    """Scores every token by itself: no gradients. A unit's score is the mean over its labelled tokens."""
 
-    def scores(self, batch: Batch, losses_U: Tensor, tokens_U: Tensor) -> Tensor:
-        """(U,); positive is kept longest, NaN is no score. Losses are sums over labelled tokens."""
+    def token_scores(self, batch: Batch, losses_BT: Tensor) -> Tensor:
+        """(B, T), of the detached losses of a forward; positive is kept longest, NaN is no score."""

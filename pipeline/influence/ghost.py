@@ -76,7 +76,7 @@ class Ghost:
     self-influence saturates as Adam's coming step does (`adam.saturation`).
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"adam_state", "running", "validation", "threshold"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"adam_state", "running", "validation", "threshold", "top"})
     because: ClassVar[Mapping[str, str]] = {
         "document": "the gradient at a position is that of all later losses of its sequence, of other documents too",
         "score_first": "it scores by the training backward itself",

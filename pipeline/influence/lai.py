@@ -29,7 +29,7 @@ class Lai:
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset(
-        {"adam_ema", "adam_state", "running", "validation", "document", "score_first", "threshold"}
+        {"adam_ema", "adam_state", "running", "validation", "document", "score_first", "threshold", "top"}
     )
     because: ClassVar[Mapping[str, str]] = {}
     after_backward: ClassVar[bool] = False

@@ -37,8 +37,15 @@ def decide(
     score, scaled to mean 1, however many that makes 0; where no score is positive, the weights stay 1. Units without
     labelled tokens or without a score are neither flagged nor counted. Units that are not `finite` (in loss or score)
     get weight 0 whatever the policy.
+
+    `policy.rule: top` keeps floor(units / pool), the best; while warming up, the first. With a temperature T it keeps
+    those for which score / (T s) + z is highest, s being the standard deviation of the counted scores and z seeded
+    Gumbel noise: a sample without replacement from softmax(score / (T s)) (Gumbel-top-k, arXiv 1903.06059). Units that
+    do not count are kept last.
     """
     scores, counted = scores.double(), (tokens > 0) & scores.isfinite() & finite
+    if policy.rule == "top":
+        return _top(scores, counted, finite, policy, step <= policy.warmup_steps, np.random.default_rng([seed, batch]))
     sign = -1.0 if policy.flag == "highest" else 1.0
     units = int(counted.sum())
     place = torch.empty(len(scores), dtype=torch.long)
@@ -64,6 +71,29 @@ def decide(
         weights = positive * (units / positive.sum())
         reasons = {"reweight": counted}
     return Decision(weights.masked_fill(~finite, 0.0), _reasons({**reasons, "non_finite": ~finite}))
+
+
+def _top(
+    scores: Tensor,
+    counted: Tensor,
+    finite: Tensor,
+    policy: PolicyConfig,
+    warming_up: bool,
+    generator: np.random.Generator,
+) -> Decision:
+    assert policy.pool is not None
+    worth = -scores if policy.flag == "highest" else scores
+    if policy.temperature:
+        scale = policy.temperature * float(scores[counted].std(correction=0)) if counted.any() else 0.0
+        # Scores that are all equal give each the same chance.
+        worth = (worth / scale if scale else worth * 0) + torch.from_numpy(generator.gumbel(size=len(scores)))
+    if warming_up:
+        worth = torch.zeros_like(scores)
+    best_first = worth.masked_fill(~counted, -torch.inf).argsort(descending=True, stable=True)
+    dropped = torch.ones_like(counted)
+    dropped[best_first[: len(scores) // policy.pool]] = False
+    weights = (~dropped & finite).to(scores.dtype)
+    return Decision(weights, _reasons({"warmup" if warming_up else "top": dropped, "non_finite": ~finite}))
 
 
 def _stochastic_round(expected: float, seed: int, batch: int) -> int:

@@ -41,7 +41,7 @@ class Residual:
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset(
-        {"adam_state", "running", "validation", "document", "score_first", "threshold"}
+        {"adam_state", "running", "validation", "document", "score_first", "threshold", "top"}
     )
     because: ClassVar[Mapping[str, str]] = {}
     after_backward: ClassVar[bool] = False

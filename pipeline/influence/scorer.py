@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.config.schema import InfluenceConfig
 from pipeline.config.timing import Stopwatch
-from pipeline.data.batch import Batch
+from pipeline.data.batch import IGNORE, Batch
 from pipeline.influence.controls import Unwatched
 from pipeline.influence.estimator import Control, Estimator, EstimatorWatch, SampleGradients, Watch
 from pipeline.influence.reference import OfBatch, Running, Validation
@@ -41,6 +41,8 @@ class Scorer(Protocol):
 
     after_backward: bool
     reads_second_moments: bool
+    compares: bool
+    """Whether units are scored against all that was added with them."""
 
     def watch(self, batch: Batch, norms: bool = False) -> Watch:
         """Of one micro-batch, for one forward."""
@@ -57,12 +59,17 @@ class Scorer(Protocol):
 
 
 class ControlScorer:
-    """Scores by a `Control`: nothing is compared, nothing is kept."""
+    """Scores units by their tokens' own scores, the mean over labelled tokens: nothing is compared, nothing is kept.
 
+    `control` is None where scores come with the losses, through `add_scored` (`lookahead`).
+    """
+
+    after_backward = False
+    compares = False
     reads_second_moments = False
 
-    def __init__(self, control: Control) -> None:
-        self._control, self.after_backward = control, control.after_backward
+    def __init__(self, control: Control | None) -> None:
+        self._control = control
         self._scored: list[Scored] = []
 
     def watch(self, batch: Batch, norms: bool = False) -> Unwatched:
@@ -70,8 +77,14 @@ class ControlScorer:
 
     @torch.no_grad()
     def add(self, batch: Batch, watch: Unwatched, losses_BT: Tensor, logit_sketch_NG: Tensor | None) -> None:
+        assert self._control is not None
+        self.add_scored(batch, losses_BT, self._control.token_scores(batch, losses_BT))
+
+    def add_scored(self, batch: Batch, losses_BT: Tensor, scores_BT: Tensor) -> None:
+        """Take in a micro-batch's losses and token scores, (B, T)."""
         losses_U, tokens_U = batch.sum_per_unit(losses_BT), batch.tokens_U
-        scores_U = self._control.scores(batch, losses_U, tokens_U)
+        # A score of NaN, which is none, stays NaN also in a unit without labels.
+        scores_U = batch.sum_per_unit(scores_BT * (batch.labels_BT != IGNORE)) / tokens_U.clamp(min=1)
         losses_U = losses_U.where(batch.whole_rows(losses_U.isfinite()), torch.nan)
         self._scored.append(Scored(batch.positions_U, scores_U, scores_U, losses_U, tokens_U))
 
@@ -111,7 +124,7 @@ class SketchScorer:
     ) -> None:
         self._config, self._estimator, self._reference = config, estimator, reference
         self._seed, self._device, self._timed, self._all_reduce = seed, device, timed, all_reduce
-        self.after_backward = estimator.after_backward
+        self.after_backward, self.compares = estimator.after_backward, reference.of_what_is_scored
         self.reads_second_moments = config.precondition == "adam_state"
         self._second: SecondMoments | None = None
         self._pending: list[_Pending] = []

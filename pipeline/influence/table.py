@@ -1,15 +1,18 @@
 """Which estimators there are, and which config goes with which."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import Config, InfluenceConfig, PolicyConfig
 from pipeline.config.timing import Stopwatch
+from pipeline.data.batch import Batch
 from pipeline.influence.appendix_e import AppendixE
-from pipeline.influence.controls import Loss, Nothing, Random
-from pipeline.influence.estimator import Estimator, Scorable
+from pipeline.influence.controls import Lookahead, Loss, Nothing, Random, Rho
+from pipeline.influence.estimator import Control, Estimator, Scorable
 from pipeline.influence.ghost import Ghost
 from pipeline.influence.lai import Lai, Lli
 from pipeline.influence.reference import reference_of
@@ -22,7 +25,17 @@ ESTIMATORS: dict[str, type[Lai] | type[Residual] | type[Ghost]] = {
     "residual": Residual,
     "ghost": Ghost,
 }
-CONTROLS: dict[str, type[Loss] | type[Random] | type[Nothing]] = {"loss": Loss, "random": Random, "none": Nothing}
+CONTROLS: dict[str, type[Loss] | type[Random] | type[Nothing] | type[Rho] | type[Lookahead]] = {
+    "loss": Loss,
+    "random": Random,
+    "none": Nothing,
+    "lookahead": Lookahead,
+    "rho": Rho,
+}
+"""Those that score tokens by their losses, and watch nothing."""
+
+TokenLosses = Callable[[Batch], Tensor]
+"""Of every position, (B, T)."""
 
 
 def make(
@@ -43,18 +56,40 @@ def scorer_of(
     device: torch.device,
     timed: Stopwatch,
     all_reduce: AllReduce,
+    reference_losses: TokenLosses | None = None,
 ) -> ControlScorer | SketchScorer:
-    """What training scores by. Raises ValueError where the model is none for the estimator."""
+    """What training scores by. `reference_losses`: those of `influence.reference_model`, for `rho`. Raises ValueError
+    where the model is none for the estimator."""
     if config.estimator in CONTROLS:
-        return ControlScorer(CONTROLS[config.estimator](seed))
+        return ControlScorer(_control(config.estimator, seed, reference_losses))
     estimator, reference = make(config, model, seed, device, timed), reference_of(config, device)
     return SketchScorer(config, estimator, reference, seed, device, timed, all_reduce)
 
 
-def owns_accumulation(influence: InfluenceConfig) -> bool:
+def _control(name: str, seed: int, reference_losses: TokenLosses | None) -> Control | None:
+    """None for `lookahead`, whose scores come with the losses."""
+    if name == "rho":
+        if reference_losses is None:
+            raise ValueError("influence.estimator 'rho' needs the reference model that influence.reference_model names")
+        return Rho(reference_losses)
+    if name == "random":
+        return Random(seed)
+    if name == "lookahead":
+        return None
+    return Loss() if name == "loss" else Nothing()
+
+
+def owns_accumulation(influence: InfluenceConfig, policy: PolicyConfig) -> bool:
     """Whether the number of backwards in an optimizer step is ours: one more than planned to take out what was dropped,
     or as many as what is kept needs. DeepSpeed must then be told: "managed_gradient_accumulation": false."""
+    if policy.rule == "top":
+        return False
     return _kind(influence).after_backward or influence.passes == "score_first"
+
+
+def scores_apart(influence: InfluenceConfig, policy: PolicyConfig) -> bool:
+    """Whether units are scored in a pass of their own, which leaves no gradient, and not in the training's forward."""
+    return policy.rule == "top" or influence.passes == "score_first"
 
 
 def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, Any], audits: bool = False) -> None:
@@ -69,6 +104,26 @@ def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, 
     }
     if policy.action == "drop":
         chosen["policy.rule"] = (policy.rule, "rate")
+    if policy.rule == "top" and influence.unit != "sequence":
+        raise ValueError(
+            "policy.rule 'top' chooses sequences, of which a step has a fixed number; set influence.unit to sequence"
+        )
+    if policy.rule == "top" and influence.passes == "score_first":
+        raise ValueError("policy.rule 'top' scores in a pass of its own as it is; leave influence.passes out")
+    if not scores_apart(influence, policy):
+        apart = "set policy.rule to top with policy.pool, or influence.passes to score_first"
+        if name == "lookahead":
+            raise ValueError(f"estimator 'lookahead' scores at other weights than the training's: {apart}")
+        if influence.score_prefix < 1:
+            raise ValueError(
+                f"influence.score_prefix {influence.score_prefix} saves nothing where the training's own forward "
+                f"scores: {apart}; or leave it out"
+            )
+    if influence.score_prefix < 1 and influence.unit != "sequence":
+        raise ValueError(
+            f"influence.score_prefix {influence.score_prefix} leaves documents of a sequence without a score: set "
+            "influence.unit to sequence, or leave it out"
+        )
     for key, (value, usual) in chosen.items():
         if value != usual and value not in kind.accepts:
             why = f": {kind.because[value]}" if value in kind.because else ""
@@ -77,10 +132,12 @@ def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, 
                 f"{key} '{value}' is not for estimator '{name}'{why}. Set it to {usual}, or choose {others}"
             )
     optimizer = settings.get("optimizer", {}).get("type", "")
-    if influence.precondition == "adam_state" and optimizer.lower() not in ("adam", "adamw"):
+    reads = "influence.precondition 'adam_state'" if influence.precondition == "adam_state" else None
+    reads = "influence.estimator 'lookahead'" if name == "lookahead" else reads
+    if reads and optimizer.lower() not in ("adam", "adamw"):
         raise ValueError(
-            f"influence.precondition 'adam_state' reads Adam's second moments; the DeepSpeed JSON has optimizer "
-            f"'{optimizer}'. Choose Adam or AdamW there, or another value"
+            f"{reads} reads Adam's second moments; the DeepSpeed JSON has optimizer '{optimizer}'. Choose Adam or "
+            "AdamW there, or another value"
         )
     if audits and (influence.reference == "validation" or name == "none"):
         raise ValueError(
@@ -93,7 +150,7 @@ def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, 
             "nothing; set passes to one"
         )
     zero = settings.get("zero_optimization", {})
-    if owns_accumulation(influence) and zero.get("stage", 0) == 1 and zero.get("overlap_comm"):
+    if owns_accumulation(influence, policy) and zero.get("stage", 0) == 1 and zero.get("overlap_comm"):
         what = f"estimator '{name}'" if kind.after_backward else "influence.passes 'score_first'"
         raise ValueError(
             f"{what} owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 and 3 only: "
@@ -123,7 +180,7 @@ def check_effect(config: Config, settings: dict[str, Any], ranks: int) -> list[s
     )
     if influence.unit == "sequence" and together == 1 and policy.action == "reweight":
         raise ValueError(f"policy.action 'reweight' has one sequence in {what}, whose weight is always 1{remedy}")
-    if influence.unit == "sequence" and policy.action == "drop" and cap == 0:
+    if influence.unit == "sequence" and policy.action == "drop" and policy.rule != "top" and cap == 0:
         raise ValueError(
             f"policy.max_drop_fraction {policy.max_drop_fraction} of the {together} sequence{'s' * (together > 1)} of "
             f"{what} is less than one, so nothing can ever be dropped; raise it to {1 / together:.3g} or more"

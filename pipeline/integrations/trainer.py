@@ -59,6 +59,10 @@ class InfluenceTrainer(Trainer):
         self._set_signature_columns_if_needed()
         # These columns are not the model's and must stay.
         self._signature_columns += ["unit_ids", "metadata"]  # type: ignore[operator]
+        if policy and policy.rule == "top":
+            raise ValueError(
+                "policy.rule 'top' reads more than Trainer hands over: choose another, or use InfluenceEngine itself"
+            )
         self._influence, self._policy, self._reference = influence, policy or PolicyConfig(), reference
         self.influence_engine: InfluenceEngine | None = None
         self.outcome: Outcome | None = None

@@ -28,13 +28,15 @@ class Start:
     sequences: int
     """Of a micro-batch, on all ranks together."""
     accumulation: int
-    """Micro-batches of a step."""
+    """Micro-batches that a step reads."""
     checkpoint: str | None = None
     """What it went on from."""
     changed: Sequence[str] = ()
     """What other value holds from here on, in sentences."""
     leave_out: Sequence[int] = field(default=())
     """Documents left out."""
+    pool: int = 1
+    """Sequences read for each that is trained on."""
 
 
 def keep_start(config: Config, start: Start) -> None:

@@ -1,9 +1,11 @@
 """A DeepSpeed engine that knows, at every optimizer step, which of its samples help."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from pipeline.config.schema import InfluenceConfig, PolicyConfig
 from pipeline.config.timing import Stopwatch
@@ -12,15 +14,18 @@ from pipeline.data.rows import Rows, batch_of
 from pipeline.data.samples import Samples
 from pipeline.engine import adam_state, collectives, deepspeed_engine
 from pipeline.engine.deepspeed_engine import DeepSpeedEngine
-from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.micro_batch import MicroBatch, forward_losses
 from pipeline.influence.scorer import Scorer, SketchScorer
 from pipeline.influence.table import check, scorer_of
 from pipeline.models.dropout import refuse_dropout
 from pipeline.record.outcome import Decided, Outcome
 from pipeline.training.corrective import Corrective
+from pipeline.training.lookahead import Lookahead
 from pipeline.training.one_pass import OnePass
 from pipeline.training.passes import Pass, Workshop
+from pipeline.training.pool import Pool
 from pipeline.training.score_first import ScoreFirst
+from pipeline.training.scoring_pass import ScoringPass
 
 
 class InfluenceEngine:
@@ -39,6 +44,8 @@ class InfluenceEngine:
     of dicts as in a batch, but one sequence each. `norms_every_steps`: when norms of layer inputs are wanted in the
     outcome. `audit_every_steps`: when scores are held against how much losses fell, one more forward.
 
+    `reference_model`: the frozen model that estimator rho compares with, called as a model is.
+
     `scorer`: in place of what `influence` asks for (baselines, measurements); `timed`: a stopwatch of the caller's.
 
     Raises ValueError where model, engine and configs do not go together.
@@ -55,6 +62,7 @@ class InfluenceEngine:
         audit_every_steps: int | None = None,
         timed: Stopwatch | None = None,
         scorer: Scorer | None = None,
+        reference_model: Callable[..., Any] | None = None,
     ) -> None:
         influence, policy = influence or InfluenceConfig(), policy or PolicyConfig()
         check(influence, policy, deepspeed_engine.settings_of(ds_engine), audits=audit_every_steps is not None)
@@ -62,13 +70,19 @@ class InfluenceEngine:
             raise ValueError("influence.reference 'validation' and a `reference` to score against go together")
         self._engine, self._influence, self._audit_every = ds_engine, influence, audit_every_steps
         self.timed = timed or Stopwatch(ds_engine.device)
+        compared = None if reference_model is None else partial(self._reference_losses, reference_model)
         self.scorer = scorer or scorer_of(
-            influence, ds_engine.module, seed, ds_engine.device, self.timed, collectives.all_reduce_sum
+            influence, ds_engine.module, seed, ds_engine.device, self.timed, collectives.all_reduce_sum, compared
         )
+        self._lookahead = None
+        if influence.estimator == "lookahead":
+            self._lookahead = Lookahead(ds_engine, influence.lookahead_step)
         self._reference = reference if isinstance(reference, Samples | None) else Rows(reference, seed)
         self._shop = Workshop(ds_engine, self.scorer, influence, policy, seed, self.timed, norms_every_steps)
         self._take = self._pass()
-        self.size, self.accumulation = self._shop.size, self._shop.accumulation
+        self.size = self._shop.size
+        self.micro_batches = self._shop.accumulation * (policy.pool or 1)
+        """That a step reads on each rank."""
         self.step = 0
         """Optimizer steps taken."""
         self.position = 0
@@ -76,7 +90,7 @@ class InfluenceEngine:
 
     def _pass(self) -> Pass:
         shop, managed = self._shop, self._engine.managed_gradient_accumulation()
-        ours = self.scorer.after_backward or shop.influence.passes == "score_first"
+        ours = shop.policy.rule != "top" and (self.scorer.after_backward or shop.influence.passes == "score_first")
         if ours and managed:
             raise ValueError(
                 f"estimator '{shop.influence.estimator}' with influence.passes '{shop.influence.passes}' runs as many "
@@ -87,21 +101,25 @@ class InfluenceEngine:
                 f"estimator '{shop.influence.estimator}' leaves the accumulation to DeepSpeed: take "
                 '"managed_gradient_accumulation": false out of the DeepSpeed JSON'
             )
+        scoring = ScoringPass(shop, self._lookahead)
+        if shop.policy.rule == "top":
+            return Pool(shop, scoring)
         if self.scorer.after_backward:
             if shop.policy.action != "observe":
                 refuse_dropout(self._engine.module)
             return Corrective(shop)
-        return ScoreFirst(shop) if shop.influence.passes == "score_first" else OnePass(shop)
+        return ScoreFirst(shop, scoring) if shop.influence.passes == "score_first" else OnePass(shop, scoring)
 
     @property
     def sequences(self) -> int:
-        """Of a step, on all ranks."""
-        return self.size * self._shop.world * self.accumulation
+        """That a step reads, on all ranks."""
+        return self.size * self._shop.world * self.micro_batches
 
     def train_step(self, micro_batches: Sequence[Batch | Mapping[str, Any]], stop_requested: bool = False) -> Outcome:
         """One optimizer step: scores, decides, runs the backwards and DeepSpeed's step.
 
-        `micro_batches`: this rank's, as many as the engine accumulates; dicts of `input_ids` (B, T) and `labels` in
+        `micro_batches`: this rank's, as many as the engine accumulates, and `policy.pool` times as many with
+        `policy.rule: top`; dicts of `input_ids` (B, T) and `labels` in
         transformers' convention (of the same positions, -100 ignored; default: the ids, less what `attention_mask`
         masks), other tensors being handed to the model; `unit_ids` (B, T), with `influence.unit: document`, says which
         unit a position belongs to (-1: none); `metadata`, a list of B objects, comes back in `Outcome.table`. Lengths
@@ -111,17 +129,18 @@ class InfluenceEngine:
         Raises ValueError for batches of another number or size than the engine's, and FloatingPointError, on all ranks,
         where the weights are broken.
         """
-        if len(micro_batches) != self.accumulation:
+        if len(micro_batches) != self.micro_batches:
+            pool = " x policy.pool" if self._shop.policy.pool else ""
             raise ValueError(
-                f"train_step takes the micro-batches of one optimizer step, {self.accumulation} of them "
-                f"(gradient_accumulation_steps), not {len(micro_batches)}"
+                f"train_step takes the micro-batches of one optimizer step, {self.micro_batches} of them "
+                f"(gradient_accumulation_steps{pool}), not {len(micro_batches)}"
             )
         with self.timed("step"):
             return self._step(micro_batches, stop_requested)
 
     def _step(self, micro_batches: Sequence[Batch | Mapping[str, Any]], stop_requested: bool) -> Outcome:
         shop, step = self._shop, self.step + 1
-        starts = [self.position + m * self.size * shop.world for m in range(self.accumulation)]
+        starts = [self.position + m * self.size * shop.world for m in range(self.micro_batches)]
         batches: list[Batch] = []
         metadata: dict[int, Any] = {}
         for start, given in zip(starts, micro_batches, strict=True):
@@ -168,7 +187,7 @@ class InfluenceEngine:
 
     def _disagreement(self, step: int, decided: list[Decided]) -> float | None:
         """`Outcome.disagreement`."""
-        if self._influence.scope != "step":
+        if self._influence.scope != "step" or self._shop.policy.rule == "top":
             return None
         differ = []
         for m, part in enumerate(decided):
@@ -198,6 +217,11 @@ class InfluenceEngine:
     def _refresh(self, step: int) -> None:
         """Bring what the scorer holds between steps up to date."""
         influence, scorer = self._influence, self.scorer
+        validating = (step - 1) % influence.validation_every_steps == 0
+        position = (step - 1) // influence.validation_every_steps * influence.validation_sequences
+        if self._lookahead and self._reference and (validating or not self._lookahead.holds_gradient):
+            with self.timed("validation"):
+                self._lookahead.hold_gradient(self._of_reference(self._reference, position))
         if not isinstance(scorer, SketchScorer):
             return
         due = not scorer.preconditioned or (step - 1) % influence.adam_every_steps == 0
@@ -206,22 +230,25 @@ class InfluenceEngine:
                 second = adam_state.second_moments(self._engine)
             if second:
                 scorer.precondition(second)
-        due = not scorer.holds_validation or (step - 1) % influence.validation_every_steps == 0
-        if self._reference and due:
+        if self._reference and (validating or not scorer.holds_validation):
             with self.timed("validation"):
-                refresh = (step - 1) // influence.validation_every_steps
-                self._hold_validation(scorer, self._reference, refresh * influence.validation_sequences)
+                self._hold_validation(scorer, self._of_reference(self._reference, position))
 
-    def _hold_validation(self, scorer: SketchScorer, reference: Samples | Rows, position: int) -> None:
-        """The sketch of the next few of the reference's sequences, in its seeded order, shared among the ranks."""
+    def _of_reference(self, reference: Samples | Rows, position: int) -> Iterator[Batch]:
+        """This rank's share of the next few of the reference's sequences, in its seeded order."""
         shop, count = self._shop, self._influence.validation_sequences
         mine = range(position + shop.rank, position + count, shop.world)
-        self._engine.eval()
         for first in range(0, -(-count // shop.world), self.size):
             part = list(mine[first : first + self.size])
             batch = reference.batch_at(part or [position], self._engine.device)
             if not part:  # every rank takes part in every forward
                 batch.labels_BT.fill_(IGNORE)
+            yield batch
+
+    def _hold_validation(self, scorer: SketchScorer, batches: Iterator[Batch]) -> None:
+        """The sketch of all ranks' batches."""
+        self._engine.eval()
+        for batch in batches:
             watched = MicroBatch(scorer, batch, self.timed)
             with torch.set_grad_enabled(scorer.after_backward):
                 # Not through the engine, which expects a backward for the weights to follow.
@@ -232,6 +259,11 @@ class InfluenceEngine:
         self._engine.train()
         scorer.hold_validation()
 
+    @torch.no_grad()
+    def _reference_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        with self.timed("reference model"):
+            return forward_losses(model, batch)
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to go on as this one would; the same on every rank. The weights and the optimizer
         are DeepSpeed's to save."""
@@ -240,4 +272,7 @@ class InfluenceEngine:
     def load_state_dict(self, state: Mapping[str, Any]) -> list[str]:
         """Go on from a saved state; returns, in sentences, what of it is of no use under today's config."""
         self.step, self.position = state["step"], state["position"]
-        return self.scorer.load_state_dict(state["scorer"])
+        dropped = self.scorer.load_state_dict(state["scorer"])
+        if self._lookahead and self.step % self._influence.validation_every_steps:
+            dropped.append("the reference's gradient is not in a checkpoint and is taken anew, at today's weights")
+        return dropped

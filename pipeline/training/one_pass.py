@@ -4,18 +4,19 @@ from pipeline.data.batch import Batch
 from pipeline.engine import deepspeed_engine
 from pipeline.record.outcome import Decided
 from pipeline.training.passes import Workshop, refuse_broken_weights
+from pipeline.training.scoring_pass import ScoringPass
 
 
 class OnePass:
     """The gradient is the mean over the step's micro-batches of each one's mean over its kept tokens. With
     `influence.scope: step` all of them are scored before, in forwards of their own."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self._workshop = workshop
+    def __init__(self, workshop: Workshop, scoring: ScoringPass) -> None:
+        self._workshop, self._scoring = workshop, scoring
 
     def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Decided], float | None]:
         shop = self._workshop
-        known = shop.decide_without_gradients(step, batches) if shop.influence.scope == "step" else None
+        known = self._scoring(step, batches) if shop.influence.scope == "step" else None
         decided, norm = [], None
         for m, batch in enumerate(batches):
             losses_BT = shop.forward(batch, step, m) if known else shop.score(batch, step, m)

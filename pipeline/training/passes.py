@@ -14,7 +14,7 @@ from pipeline.engine import collectives
 from pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.influence.micro_batch import MicroBatch, forward_losses
 from pipeline.influence.policy import Decision, decide
-from pipeline.influence.scorer import Scorer
+from pipeline.influence.scorer import Scored, Scorer
 from pipeline.record.outcome import Decided, UnitTable
 from pipeline.tasks.weighted_mean import weighted_mean
 from pipeline.training.exchange import Sequences
@@ -71,9 +71,8 @@ class Workshop:
         where = [self.seed, max(step - 1, 0) * self.accumulation + m, self.rank]
         torch.manual_seed(int(np.random.SeedSequence(where).generate_state(1)[0]))
 
-    def gather(self) -> UnitTable:
+    def gather(self, scored: list[Scored]) -> UnitTable:
         """What was just scored, as all ranks see it: the one gather."""
-        scored = self.scorer.scores()
         with self.timed("decide"):
             return UnitTable.gather(self.rank, scored, self.stop_requested, collectives.all_gather_rows)
 
@@ -83,28 +82,18 @@ class Workshop:
             batch = (step - 1) * self.accumulation + m
             return decide(scores, units.tokens, units.finite, self.policy, step, self.seed, batch)
 
-    def gather_and_decide(self, step: int, m: int) -> Decided:
+    def gather_and_decide(self, step: int, m: int, scored: list[Scored] | None = None) -> Decided:
         """On the micro-batch that was just scored."""
-        units = self.gather()
+        units = self.gather(scored or self.scorer.scores())
         return Decided(units, self.decide(units, step, m, units.scores))
 
-    def decide_together(self, step: int) -> list[Decided]:
+    def decide_together(self, step: int, scored: list[Scored] | None = None) -> list[Decided]:
         """On the units of all micro-batches of the step, just scored, together."""
-        units = self.gather()
+        units = self.gather(scored or self.scorer.scores())
         with self.timed("decide"):
             decision = decide(units.scores, units.tokens, units.finite, self.policy, step, self.seed, step - 1)
-        masks = [units.micro_steps == m for m in range(self.accumulation)]
+        masks = [units.micro_steps == m for m in range(int(units.micro_steps.max()) + 1)]
         return [Decided(units.of(mask), decision.of(mask)) for mask in masks]
-
-    def decide_without_gradients(self, step: int, batches: list[Batch]) -> list[Decided]:
-        """In forwards of their own, which keep nothing for a backward."""
-        decided = []
-        for m, batch in enumerate(batches):
-            with self.timed("scoring forward"), torch.no_grad():
-                self.score(batch, step, m)
-            if self.influence.scope == "micro_step":
-                decided.append(self.gather_and_decide(step, m))
-        return decided or self.decide_together(step)
 
     def backward(self, losses_BT: Tensor, weights_BT: Tensor, denominator: float) -> None:
         """Of `weighted_mean` over all ranks."""

@@ -5,18 +5,19 @@ from pipeline.engine import deepspeed_engine
 from pipeline.record.outcome import Decided
 from pipeline.training.exchange import exchange
 from pipeline.training.passes import Workshop
+from pipeline.training.scoring_pass import ScoringPass
 
 
 class ScoreFirst:
     """The gradient is `OnePass`'s: the mean over micro-batches of each one's mean over its kept tokens. The number of
     backwards is what is kept needs, so the accumulation is ours."""
 
-    def __init__(self, workshop: Workshop) -> None:
-        self._workshop = workshop
+    def __init__(self, workshop: Workshop, scoring: ScoringPass) -> None:
+        self._workshop, self._scoring = workshop, scoring
 
     def __call__(self, step: int, batches: list[Batch]) -> tuple[list[Decided], float | None]:
         shop = self._workshop
-        decided = shop.decide_without_gradients(step, batches)
+        decided = self._scoring(step, batches)
         weights, kept = [], []
         for batch, part in zip(batches, decided, strict=True):
             share_U = part.decision.weights / (part.kept_tokens or 1.0)

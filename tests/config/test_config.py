@@ -74,7 +74,10 @@ def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options,
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"influence__estimator": "ip"}, "'ip' is none of loss, random, none, lai, lli, residual, ghost"),
+        (
+            {"influence__estimator": "ip"},
+            "'ip' is none of loss, random, none, lookahead, rho, lai, lli, residual, ghost",
+        ),
         ({"influence__reference": "validation"}, "needs data.reference_files, which is not set"),
         ({"influence__reference": "validation", "data__reference_files": "builtin"}, "holds out nothing"),
         (

@@ -180,7 +180,7 @@ def test_activations_are_what_a_real_forward_saves(kind, checkpointing):
 
 def plain_micro_batch(model: Any):
     batch = RandomTokens(VOCABULARY, LENGTH, 0).batch_at([0, 1], META)
-    return count(model, batch, ControlScorer(Nothing(0)))
+    return count(model, batch, ControlScorer(Nothing()))
 
 
 def test_recomputing_keeps_less_and_computes_more():

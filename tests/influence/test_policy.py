@@ -137,3 +137,52 @@ def test_units_that_are_not_finite_count_for_nothing_whatever_the_policy(action)
     if action == "drop":
         policy = PolicyConfig(rule="rate", rate=0.5)
         assert decide(scores, EVEN, finite, policy, 1, 0, 0).weights.tolist() == [0, 0, 0, 0, 0, 1, 1, 1]
+
+
+TOP = PolicyConfig(rule="top", pool=2)
+
+
+def test_the_best_of_a_pool_are_kept_whatever_the_other_rules_say():
+    """Catches the threshold, the rate or the guard in a pool."""
+    decision = decide(ALL, EVEN, YES, replace(TOP, threshold=100.0, max_drop_fraction=0.1), 1, 0, 0)
+    assert decision.weights.tolist() == [1, 0, 0, 0, 0, 1, 1, 1]
+    assert decision.reasons == ["", "top", "top", "top", "top", "", "", ""]
+    assert weights(replace(TOP, pool=4)) == [0, 0, 0, 0, 0, 1, 0, 1]
+    assert weights(replace(TOP, pool=3)) == [0, 0, 0, 0, 0, 1, 0, 1]
+    assert weights(replace(TOP, flag="highest")) == [0, 1, 1, 1, 1, 0, 0, 0]
+
+
+def test_a_pool_that_warms_up_trains_on_the_first_of_what_it_reads():
+    policy = replace(TOP, warmup_steps=3)
+    assert weights(policy, step=3) == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert weights(policy, step=4) == [1, 0, 0, 0, 0, 1, 1, 1]
+
+
+def test_what_has_no_score_or_no_token_is_chosen_last():
+    scores, tokens = ALL.clone(), EVEN.clone()
+    scores[7], tokens[5] = torch.nan, 0
+    finite = YES.clone()
+    finite[0] = False
+    decision = decide(scores, tokens, finite, TOP, 1, 0, 0)
+    assert decision.weights.tolist() == [0, 1, 1, 0, 1, 0, 1, 0]
+    few = decide(ALL, EVEN, torch.tensor([True] + [False] * 7), TOP, 1, 0, 0)
+    assert few.weights.tolist() == [1] + [0] * 7
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_a_temperature_samples_without_replacement_in_proportion_to_exp_of_the_score(temperature):
+    """Of a pool of 4 keep 1: by softmax(score / (T s)). Catches noise of another kind, and a spread that is not the
+    pool's own."""
+    scores = torch.tensor([100.0, 300.0, 200.0, 600.0])
+    policy = PolicyConfig(rule="top", pool=4, temperature=temperature)
+    every = torch.ones(4, dtype=torch.bool)
+    counts = torch.stack([decide(scores, EVEN[:4], every, policy, 1, 0, batch).weights for batch in range(4000)]).sum(0)
+    expected = (scores.double() / (temperature * scores.double().std(correction=0))).softmax(0)
+    assert (counts / 4000 - expected).abs().max() < 0.03
+
+
+def test_equal_scores_at_a_temperature_are_a_fair_draw():
+    policy = replace(TOP, temperature=1.0)
+    kept = [weights(policy, scores=torch.ones(8), batch=batch) for batch in range(500)]
+    assert all(sum(one) == 4 for one in kept)
+    assert torch.tensor(kept).mean(0).min() > 0.4

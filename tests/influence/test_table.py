@@ -13,7 +13,8 @@ from pipeline.influence.table import CONTROLS, ESTIMATORS, check, check_config, 
 from tests.tiny_models import tiny
 
 ADAM = {"optimizer": {"type": "AdamW"}}
-EVERY = ["lai", "lli", "residual", "ghost", "loss", "random", "none"]
+EVERY = ["lai", "lli", "residual", "ghost", "loss", "random", "none", "rho"]
+"""But lookahead, which takes no other reference than validation, and scores in no training forward."""
 BY_SKETCHES = {"lai", "lli", "residual", "ghost"}
 ACCEPTED = {
     ("precondition", "adam_ema"): {"lai", "lli"},
@@ -23,6 +24,7 @@ ACCEPTED = {
     ("unit", "document"): set(EVERY) - {"ghost"},
     ("passes", "score_first"): set(EVERY) - {"ghost", "none"},
     ("rule", "threshold"): set(EVERY) - {"loss", "random"},
+    ("rule", "top"): set(EVERY) - {"none"},
 }
 USUAL = {"precondition": "none", "reference": "batch", "unit": "sequence", "passes": "one", "rule": "rate"}
 
@@ -30,8 +32,10 @@ USUAL = {"precondition": "none", "reference": "batch", "unit": "sequence", "pass
 def configs(name: str, **changes: str) -> tuple[InfluenceConfig, PolicyConfig]:
     """What every estimator takes, with changes."""
     changes = USUAL | changes
-    return InfluenceConfig(estimator=name, **{k: v for k, v in changes.items() if k != "rule"}), PolicyConfig(
-        rule=changes["rule"]
+    rule = changes.pop("rule")
+    model = "model" if name == "rho" else None
+    return InfluenceConfig(estimator=name, reference_model=model, **changes), PolicyConfig(
+        rule=rule, pool=2 if rule == "top" else None
     )
 
 
@@ -39,7 +43,7 @@ def configs(name: str, **changes: str) -> tuple[InfluenceConfig, PolicyConfig]:
 def test_what_each_estimator_accepts(name):
     """Catches a combination that was lost, or let in. A refusal names key, value and estimator, the usual value, and
     only estimators that take it."""
-    assert list(ESTIMATORS | CONTROLS) == EVERY
+    assert set(ESTIMATORS | CONTROLS) == {*EVERY, "lookahead"}
     check(*configs(name), ADAM)
     for (key, value), accepted in ACCEPTED.items():
         influence, policy = configs(name, **{key: value})
@@ -52,7 +56,7 @@ def test_what_each_estimator_accepts(name):
         instead = str(refused.value).split("Set it to ")[1]
         usual, others = instead.split(", or choose ")
         assert usual == USUAL[key]
-        assert set(others.split(" or ")) == accepted
+        assert set(others.split(" or ")) - {"lookahead"} == accepted
 
 
 @pytest.mark.parametrize(
@@ -65,6 +69,11 @@ def test_what_each_estimator_accepts(name):
         ("loss", {"reference": "validation"}, "it compares with nothing. Set it to batch"),
         ("loss", {"rule": "threshold"}, "its scores all have one sign. Set it to rate"),
         ("ghost", {"precondition": "adam_ema"}, "Set it to none, or choose lai or lli"),
+        ("none", {"rule": "top"}, "it scores nothing. Set it to rate"),
+        ("rho", {"reference": "validation"}, "it compares with influence.reference_model. Set it to batch"),
+        ("lai", {"rule": "top", "unit": "document"}, "chooses sequences, of which a step has a fixed number"),
+        ("lai", {"rule": "top", "passes": "score_first"}, "in a pass of its own as it is; leave influence.passes out"),
+        ("lookahead", {"reference": "validation"}, "set policy.rule to top with policy.pool, or influence.passes to"),
     ],
 )
 def test_a_refusal_says_why(name, changes, message):
@@ -82,11 +91,11 @@ def test_a_rule_matters_only_where_something_is_dropped(name, action):
 @pytest.mark.parametrize("name", ["ip", "magic"])
 def test_estimators_that_training_does_not_have_are_named(name):
     """`ip` takes a backward a sample: pipeline.fidelity measures the others against it."""
-    message = f"influence.estimator: '{name}' is none of loss, random, none, lai, lli, residual, ghost"
+    message = f"influence.estimator: '{name}' is none of loss, random, none, lookahead, rho, lai, lli, residual, ghost"
     with pytest.raises(ValueError, match=message):
         check(*configs(name), ADAM)
     with pytest.raises(ValueError, match=message):
-        owns_accumulation(InfluenceConfig(estimator=name))
+        owns_accumulation(InfluenceConfig(estimator=name), PolicyConfig())
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", ""])
@@ -140,9 +149,55 @@ def test_who_owns_the_end_of_the_accumulation_goes_without_overlap_comm_at_zero_
 
 
 def test_the_accumulation_is_ours_where_the_number_of_backwards_is():
+    """And never in a candidate pool, of which as many are trained on as DeepSpeed's JSON says."""
     for name in EVERY:
-        assert owns_accumulation(InfluenceConfig(estimator=name)) == (name == "ghost")
-        assert owns_accumulation(InfluenceConfig(estimator=name, passes="score_first"))
+        assert owns_accumulation(*configs(name)) == (name == "ghost")
+        assert owns_accumulation(*configs(name, passes="score_first"))
+        assert not owns_accumulation(*configs(name, rule="top"))
+
+
+def test_lookahead_goes_with_a_pool_or_scoring_first_and_adam():
+    influence, policy = configs("lookahead", reference="validation", rule="top")
+    check(influence, policy, ADAM)
+    check(replace(influence, passes="score_first"), PolicyConfig(), ADAM)
+    with pytest.raises(ValueError, match="'lookahead' reads Adam's second moments; the DeepSpeed JSON has"):
+        check(influence, policy, {"optimizer": {"type": "SGD"}})
+    with pytest.raises(ValueError, match=r"set influence\.reference to validation, and data\.reference_files"):
+        replace(influence, reference="batch")
+
+
+def test_a_prefix_is_scored_where_that_saves_something():
+    influence, policy = configs("lai", rule="top")
+    check(replace(influence, score_prefix=0.5), policy, ADAM)
+    check(replace(influence, score_prefix=0.5, passes="score_first"), PolicyConfig(), ADAM)
+    with pytest.raises(ValueError, match="saves nothing where the training's own forward scores"):
+        check(replace(influence, score_prefix=0.5), PolicyConfig(), ADAM)
+    with pytest.raises(ValueError, match="leaves documents of a sequence without a score"):
+        check(replace(influence, score_prefix=0.5, passes="score_first", unit="document"), PolicyConfig(), ADAM)
+    with pytest.raises(ValueError, match=r"is a fraction from 0 to 1, not 1\.5"):
+        replace(influence, score_prefix=1.5)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"rule": "top"}, "'top' and policy.pool, the candidates .* go together"),
+        ({"pool": 2}, "'top' and policy.pool, the candidates .* go together"),
+        ({"rule": "top", "pool": 1}, "policy.pool 1 leaves nothing to choose from"),
+        ({"temperature": 1.0}, "policy.temperature is for policy.rule 'top'"),
+        ({"rule": "top", "pool": 2, "temperature": -1.0}, "policy.temperature must be 0 or more"),
+        ({"rule": "top", "pool": 2, "action": "observe"}, "'observe' would train on all: set action to drop"),
+    ],
+)
+def test_keys_of_a_pool_that_do_not_go_together_are_refused(keys, message):
+    with pytest.raises(ValueError, match=message):
+        PolicyConfig(**keys)
+
+
+def test_rho_and_its_model_go_together():
+    for keys in ({"estimator": "rho"}, {"reference_model": "model"}):
+        with pytest.raises(ValueError, match=r"'rho' and influence\.reference_model, the model .* go together"):
+            InfluenceConfig(**keys)
 
 
 def test_a_runs_config_is_checked_with_its_audits():
@@ -161,7 +216,8 @@ def test_every_estimator_is_made_and_scores_when_its_class_says():
     device = torch.device("cpu")
     timed, model = Stopwatch(device), tiny("llama")
     for name in EVERY:
-        scorer = scorer_of(InfluenceConfig(estimator=name), model, 0, device, timed, lambda tensor: tensor)
+        influence, _ = configs(name)
+        scorer = scorer_of(influence, model, 0, device, timed, lambda tensor: tensor, lambda batch: batch.labels_BT)
         assert isinstance(scorer, ControlScorer if name in CONTROLS else SketchScorer)
         assert scorer.after_backward == (name == "ghost")
         assert not scorer.reads_second_moments

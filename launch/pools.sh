@@ -1,0 +1,45 @@
+#!/usr/bin/env bash
+# Does choosing pay? Candidate pools under several arms, each at several seeds: arms of one seed read the same sequences
+# in the same order and differ in what they keep. Ends with a table of each arm beside `random`.
+#   bash launch/pools.sh "TARGET SUBSET" OUT_DIR "ARM ..." "SEED ..." [--section.key value ...]
+#   bash launch/pools.sh "PubMed Abstracts" runs/pools/pubmed "random lai rho lookahead" "0 1 2" --policy.pool 4
+# ARM: an estimator, and what else to set, after commas. Estimators that compare do so with TARGET's documents among the
+# third training file; `rho` with the base model trained on them for one epoch. Runs that are done are left alone.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+usage='usage: bash launch/pools.sh "TARGET SUBSET" OUT_DIR "ARM ..." "SEED ..." [--section.key value ...]'
+target=${1:?$usage}
+out=${2:?$usage}
+read -ra arms <<<"${3:?$usage}"
+read -ra seeds <<<"${4:?$usage}"
+export PATH="$PWD/.venv/bin:$PATH"
+config=launch/pool_pile.yaml
+pile=../shared/data/pile
+subsets=runs/data/subsets
+
+[ -f "$subsets/train/$target.jsonl" ] || python launch/by_subset.py $subsets/train $pile/train/02.jsonl.zst
+[ -d $subsets/val ] || python launch/by_subset.py $subsets/val $pile/val.jsonl.zst
+shared=(--data.prepared_dir "$out/data" --data.reference_files "$subsets/train/$target.jsonl")
+python -m pipeline.prepare --config $config "${shared[@]}" "${@:5}"
+if [[ "${arms[*]}" == *rho* ]] && [ ! -f "$out/reference/summary.json" ]; then
+  python -m pipeline.train --config $config "${shared[@]}" --data.prepared_dir "$out/reference_data" \
+    --data.train_files "$subsets/train/$target.jsonl" --data.reference_files null --data.max_sequences null \
+    --model.tokenizer "$out/data/tokenizer" --run_dir "$out/reference" --influence.estimator none \
+    --policy.rule threshold --policy.pool null --max_steps 60
+fi
+runs=()
+for seed in "${seeds[@]}"; do
+  for arm in "${arms[@]}"; do
+    IFS=, read -ra settings <<<"influence.estimator=$arm"
+    case "$arm" in
+      random* | loss*) ;;
+      rho*) settings+=("influence.reference_model=$out/reference/model") ;;
+      *) settings+=("influence.reference=validation") ;;
+    esac
+    run="$out/$arm/seed-$seed"
+    runs+=("$run")
+    [ -f "$run/summary.json" ] || python -m pipeline.train --config $config "${shared[@]}" --run_dir "$run" \
+      --seed "$seed" --resume auto "${settings[@]/#/--}" "${@:5}"
+  done
+done
+python launch/pool_table.py "$target" "${runs[@]}"
