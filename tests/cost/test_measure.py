@@ -25,6 +25,8 @@ from tests.runs import ADAM, config_of, deepspeed_json
 from tests.seams import around_forward
 from tests.tiny_models import VOCABULARY, tiny
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LENGTH = 16
 

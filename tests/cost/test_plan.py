@@ -34,6 +34,7 @@ NAMES = ("none", "lai", "lli", "lai/adam_ema", "residual", "ghost", "ghost_exact
 
 
 # (Once ZeRO-3 was there, DeepSpeed's linear function stays, and other stages of the same process recompute with it.)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "stage", "checkpointing"), [("gpt_neo", 1, False), ("llama", 3, True), ("gpt2", 0, False)]
 )
@@ -74,6 +75,7 @@ def plain_wire_of(config: Config) -> tuple[dict[str, int], int]:
     return found["plain"]["wire_bytes"], found["setting"]["parameters"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "accumulation", "reused"), [(0, 2, None), (1, 2, None), (2, 2, None), (3, 1, None), (3, 2, 0)]
 )
@@ -237,6 +239,7 @@ def large(tmp_path: Path, **options: Any) -> Config:
     return replace(config, deepspeed_config=str(settings))
 
 
+@pytest.mark.slow
 def test_70b_takes_next_to_no_memory(tmp_path):
     config = large(tmp_path)
     with PeakMemory(CPU) as before:

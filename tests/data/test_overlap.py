@@ -41,6 +41,7 @@ def test_one_hub_corpus_written_in_two_ways_is_one(tmp_path):
         prepare(config)
 
 
+@pytest.mark.slow
 def test_builtin_holds_out_its_own_part(tmp_path):
     limits = {"max_sequences": 2, "max_eval_sequences": 2}
     files = write(tmp_path / "f.jsonl", 20)

@@ -414,6 +414,7 @@ def test_what_was_not_prepared_is_named(prepared, tmp_path):
             load(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path, small_tokenizer):
     config = make_config(tmp_path, small_tokenizer, write(tmp_path / "f.jsonl", 200))
     program = f"""

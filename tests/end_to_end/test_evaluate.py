@@ -76,7 +76,8 @@ def test_two_ranks_share_the_rows_and_get_the_figures_of_one(ranks):
     assert both[0]["all"] == pytest.approx(alone["all"])
 
 
-@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.faults), 3])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
 def test_command_evaluates_a_checkpoint_and_an_exported_model_alike(ranks, corpus, tiny_model, tmp_path, stage):
     """Also: two ranks under the launcher, and the figures that the run itself ended with."""
     config = config_of(

@@ -49,6 +49,7 @@ def wait_for_step(config: Config, process: subprocess.Popen[str], step: int) -> 
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_killed_at_a_random_step_and_resumed_equals_an_unbroken_run(corpus, tiny_model, tmp_path):
     """Catches everything that a checkpoint forgets: losses, kept sets, ledger and weights are exactly equal."""
     unbroken = job(corpus, tmp_path, tiny_model("gpt_neo_with_dropout"), "unbroken")

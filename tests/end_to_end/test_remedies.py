@@ -153,6 +153,7 @@ def test_a_policy_that_can_never_drop_is_refused_and_each_remedy_works(one_rank,
     one_rank(run, config(1, "none", influence__estimator="none"))
 
 
+@pytest.mark.slow
 def test_a_taken_port_names_the_launchers_option_and_another_port_works(corpus, tiny_model, tmp_path):
     """In one sentence, of plain python; the warm-up that is as long as the run is said before it."""
     deepspeed = deepspeed_json(tmp_path / "ds.json")
@@ -170,6 +171,7 @@ def test_a_taken_port_names_the_launchers_option_and_another_port_works(corpus, 
     assert "note: policy.warmup_steps 1 is as long as the run (max_steps 1)" in result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", ["run_dir", "data.prepared_dir"])
 def test_a_directory_that_cannot_be_made_is_one_sentence(corpus, tiny_model, tmp_path, key):
     """Its parent is a file: root, whom no mode keeps out, is refused too."""

@@ -231,7 +231,7 @@ def test_no_estimator_equals_a_plain_deepspeed_loop_with_transformers_own_loss(
 OFFLOAD = {"stage": 3, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [*(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_a_real_model_on_real_documents_is_the_same_at_every_stage_for_twenty_steps(
     ranks, shared_data, tmp_path_factory, stage
 ):
@@ -385,7 +385,9 @@ def run_with_overflow(config: Config, at_step: int) -> None:
         run(config)
 
 
-@pytest.mark.parametrize(("stage", "bf16"), [(1, True), (2, True), (3, True), (2, False), (3, False)])
+@pytest.mark.parametrize(
+    ("stage", "bf16"), [pytest.param(1, True, marks=pytest.mark.slow), (2, True), (3, True), (2, False), (3, False)]
+)
 def test_a_step_whose_gradient_overflows_is_skipped_on_all_ranks(ranks, corpus, tiny_model, tmp_path, stage, bf16):
     """DeepSpeed's own skip, as under fp16: no update, no learning-rate step, and the run goes on."""
     schedule = {"warmup_num_steps": 8, "warmup_min_lr": 1e-3, "warmup_max_lr": 1e-2, "warmup_type": "linear"}

@@ -88,12 +88,12 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 
 CHANGES = [
     (2, 1, 2, 2),
-    (1, 2, 3, 3),
-    pytest.param(1, 2, 2, 2, marks=pytest.mark.faults),
-    pytest.param(2, 1, 3, 3, marks=pytest.mark.faults),
-    pytest.param(2, 2, 1, 2, marks=pytest.mark.faults),
-    pytest.param(2, 1, 2, 1, marks=pytest.mark.faults),
-    pytest.param(1, 2, 0, 0, marks=pytest.mark.faults),
+    pytest.param(1, 2, 3, 3, marks=pytest.mark.slow),
+    pytest.param(1, 2, 2, 2, marks=pytest.mark.slow),
+    pytest.param(2, 1, 3, 3, marks=pytest.mark.slow),
+    pytest.param(2, 2, 1, 2, marks=pytest.mark.slow),
+    pytest.param(2, 1, 2, 1, marks=pytest.mark.slow),
+    pytest.param(1, 2, 0, 0, marks=pytest.mark.slow),
 ]
 
 
@@ -110,6 +110,7 @@ def test_a_run_goes_on_at_another_number_of_ranks_as_if_unbroken(
     assert_same_run(run_dir, finished(ranks, stage, 2))
 
 
+@pytest.mark.slow
 def test_a_plain_process_goes_on_where_two_ranks_had_finished(ranks, config_for, finished, tmp_path):
     """What a resume that was killed while it converted left behind does no harm."""
     run_dir = tmp_path / "run"

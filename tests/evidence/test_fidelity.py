@@ -60,7 +60,7 @@ def adam_run(ranks, corpus, tiny_model, tmp_path_factory):
     return at
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_adams_moments_of_a_checkpoint_are_those_of_one_process(adam_run, corpus, stage):
     """Catches shards in a wrong order, ZeRO-3's padding, flat shapes, and names shifted against the moments."""
     config = adam_run(stage)
@@ -117,6 +117,7 @@ def test_adams_moments_of_a_checkpoint_in_bf16_without_zero(ranks, corpus, tiny_
         assert (found[name]["exp_avg_sq"] - expected).abs().max() < 0.1 * expected.max(), name
 
 
+@pytest.mark.slow
 def test_a_run_is_measured_at_its_checkpoints(adam_run):
     """Every estimator, reference and self-influence once a checkpoint; what is known must come out: `ip` is itself, the
     controls know nothing of it, a small SGD step's Shapley values are the inner products."""
@@ -164,7 +165,7 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     assert matplotlib.image.imread(Path(config.run_dir) / "fidelity.png").ndim == 3
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (2, 3))])
 def test_shapley_values_are_of_a_step_at_the_checkpoints_own_learning_rate(
     ranks, corpus, tiny_model, tmp_path, monkeypatch, stage
 ):

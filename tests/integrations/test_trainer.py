@@ -200,6 +200,7 @@ def test_where_nothing_is_dropped_it_is_transformers_trainer(ranks, tiny_model, 
     assert largest_difference(after, weights(tmp_path / "plain" / "final")) < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "settings", "influence"),
     [
@@ -284,6 +285,7 @@ class Stream(torch.utils.data.IterableDataset):
         yield from made_up(12)
 
 
+@pytest.mark.slow
 def test_the_end_of_an_epoch_that_fills_no_step(ranks, tiny_model, tmp_path):
     """12 sequences are 3 batches on each rank. Refused before the first step, unless the run ends before it comes; left
     out where nobody can know. Catches a step of fewer micro-batches, and one of two epochs'."""

@@ -72,9 +72,9 @@ def trained_alone(config: Config, rows: Any, together: int) -> dict[str, Tensor]
     ("stage", "options"),
     [
         (0, {"accumulation": 2}),
-        (1, {"accumulation": 2, "policy__pool": 3}),
+        pytest.param(1, {"accumulation": 2, "policy__pool": 3}, marks=pytest.mark.slow),
         (2, {"accumulation": 2, "influence__score_prefix": 0.5}),
-        (3, {"accumulation": 2, "influence__estimator": "residual"}),
+        pytest.param(3, {"accumulation": 2, "influence__estimator": "residual"}, marks=pytest.mark.slow),
         (0, {"influence__estimator": "ghost", "kind": "gpt_neo_with_dropout"}),
         (3, {"accumulation": 2, "influence__estimator": "ghost", "model__activation_checkpointing": True}),
         (2, {"influence__estimator": "loss", "policy__temperature": 1.0}),
@@ -204,7 +204,7 @@ def _losses(model: Any, batch: Any) -> Tensor:
     ("stage", "options"),
     [
         (0, {}),
-        (1, {}),
+        pytest.param(1, {}, marks=pytest.mark.slow),
         (2, {"optimizer": {"type": "Adam", "params": {"lr": 1e-2, "weight_decay": 0.1, "adam_w_mode": False} | TORCH}}),
         (3, {}),
         (3, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "kind": "gpt_neo"}),

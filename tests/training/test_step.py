@@ -243,6 +243,7 @@ def test_own_terms_saturate_by_all_tokens_of_the_optimizer_step(ranks, corpus, t
     assert close_to_largest(found, expected(tokens), 1e-3)
 
 
+@pytest.mark.slow
 def test_adam_state_scores_alike_at_all_stages_and_after_a_resume(ranks, corpus, tiny_model, tmp_path):
     """Catches factors that a resumed run forgets, or reads at another step than the unbroken one."""
     scores = {}
