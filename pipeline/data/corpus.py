@@ -27,11 +27,13 @@ __all__ = ["SUFFIXES", "Problems", "check_files", "read_documents", "resolve", "
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
 
 
-def read_documents(files: str | list[str], data: DataConfig, split: Split) -> Iterator[Document | Problem]:
+def read_documents(
+    files: str | list[str], data: DataConfig, split: Split, whole_records: bool = False
+) -> Iterator[Document | Problem]:
     """Every document of `files` (`data.train_files` or `data.eval_files`) and every problem, in their order there.
 
-    `split` matters to `builtin` only, which holds out a twentieth. Raises ValueError on a source that cannot be read
-    at all (see `resolve`).
+    `split` matters to `builtin` only, which holds out a twentieth. `whole_records`: read all columns of parquet.
+    Raises ValueError on a source that cannot be read at all (see `resolve`).
     """
     for source in resolve(files):
         if source == BUILTIN:
@@ -42,7 +44,7 @@ def read_documents(files: str | list[str], data: DataConfig, split: Split) -> It
         elif what := pointer(source):
             yield Problem(source, 0, what, whole_file=True)
         elif source.endswith(".parquet"):
-            yield from _parquet(source, data)
+            yield from _parquet(source, data, whole_records)
         elif source.endswith(".txt"):
             yield _document({"text": Path(source).read_bytes()}, source, 1, "text", "")
         else:
@@ -124,7 +126,7 @@ def _document(record: object, file: str, line: int, text_field: str, subset_fiel
         return Problem(file, line, "control characters all over: no text, or UTF-16 without a byte order mark")
     if not text or text.isspace():
         return Problem(file, line, "empty text")
-    return Document(text, subset, file, line)
+    return Document(text, subset, file, line, record)
 
 
 def _field(record: object, dotted: str) -> Any:
@@ -175,14 +177,14 @@ def _cut(file: str, line: int) -> Problem:
     return Problem(file, line, "truncated last line", whole_file=True)
 
 
-def _parquet(file: str, data: DataConfig) -> Iterator[Document | Problem]:
+def _parquet(file: str, data: DataConfig, whole_records: bool) -> Iterator[Document | Problem]:
     row = 0
     dotted = (data.text_field, data.subset_field)
     try:
         parquet = pq.ParquetFile(file)
         names = parquet.schema_arrow.names
         columns = [name if name in names else name.split(".")[0] for name in dotted]
-        for batch in parquet.iter_batches(batch_size=256, columns=columns):
+        for batch in parquet.iter_batches(batch_size=256, columns=None if whole_records else columns):
             for index in range(batch.num_rows):
                 row += 1
                 try:

@@ -1,7 +1,8 @@
 """What reading gives: a document, or a problem in its place."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 Split = Literal["train", "eval", "reference"]
 
@@ -13,6 +14,8 @@ class Document:
     file: str
     line: int
     """Where it starts: line of the file, or row (hub, parquet), from 1."""
+    record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
+    """What it was made of, where that is more than its text (of parquet only with `whole_records`)."""
 
 
 @dataclass(frozen=True)
