@@ -37,7 +37,14 @@ class Recorder:
         if config.observe.log_texts:
             self._tokenizer = AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer"))
         self._ledger = ledger.Ledger(run_dir, step)
-        self._board = TensorBoard(run_dir, step, ledger.read(run_dir), _largest_subsets(config))
+        self._board = TensorBoard(
+            run_dir,
+            step,
+            ledger.read(run_dir),
+            _largest_subsets(config),
+            held_out=config.data.eval_files is not None,
+            audited=config.observe.audit_every_steps is not None,
+        )
         if not step:
             self._board.hyperparameters(to_yaml(config))
         # A log file gets a line now and then instead of a bar that moves.

@@ -24,20 +24,27 @@ _TEXTS = 4
 _TEXT_CHARACTERS = 1500
 
 
-# One tab, "Custom scalars", that shows what was removed at a glance.
-_LAYOUT = {
-    "Removed": {
-        "units in total": ["Multiline", ["influence/removed_total"]],
-        "fraction of each step": ["Multiline", ["influence/removed_fraction$"]],
-        "units by subset": ["Multiline", ["influence/removed_by_subset/.*"]],
-        "fraction by subset": ["Multiline", ["removed_fraction_by_subset/.*"]],
-    },
-    "Training": {
+def _layout(held_out: bool, audited: bool) -> dict[str, dict[str, list[Any]]]:
+    """One tab, "Custom scalars", that shows what was removed at a glance; without charts that would stay empty."""
+    training = {
         "loss of what was kept": ["Multiline", ["train/loss"]],
-        "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]],
-        "scores against what losses did": ["Multiline", ["influence/audit_pearson"]],
-    },
-}
+        "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]] if held_out else None,
+        "scores against what losses did": ["Multiline", ["influence/audit_pearson"]] if audited else None,
+    }
+    return {
+        "Removed": {
+            "units in total": ["Multiline", ["influence/removed_total"]],
+            "fraction of each step": ["Multiline", ["influence/removed_fraction$"]],
+            "units by subset": ["Multiline", ["influence/removed_by_subset/.*"]],
+            "fraction by subset": ["Multiline", ["removed_fraction_by_subset/.*"]],
+        },
+        "Training": {title: chart for title, chart in training.items() if chart},
+    }
+
+
+_FULL_WIDTH = str.maketrans({sign: chr(ord(sign) + 0xFEE0) for sign in r"()[]{}*+?^$|\\"})
+"""Its custom scalars take a tag for a regular expression, and draw nothing in a chart in which one has these: a subset
+`Wikipedia (en)` gets them as their full-width forms, which mean nothing there."""
 
 
 class TensorBoard:
@@ -45,9 +52,18 @@ class TensorBoard:
 
     Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged. `subsets`, the
     largest first: the first `SHOWN_SUBSETS` of them, then of the ledger's, have curves; the rest is `other`.
+    `held_out`, `audited`: whether there will be such figures.
     """
 
-    def __init__(self, run_dir: Path, step: int, rows: pa.Table, subsets: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        step: int,
+        rows: pa.Table,
+        subsets: Sequence[str] = (),
+        held_out: bool = True,
+        audited: bool = False,
+    ) -> None:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
@@ -56,7 +72,7 @@ class TensorBoard:
         self._count(rows)
         self._step = step
         self._seen_standing_out = {(row["subset"], row["stands_out"]) for row in self._standing_out()}
-        self._writer.add_custom_scalars(_LAYOUT)
+        self._writer.add_custom_scalars(_layout(held_out, audited))
 
     @property
     def removed(self) -> int:
@@ -68,7 +84,7 @@ class TensorBoard:
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
+            self._writer.add_scalar(tag.translate(_FULL_WIDTH), value, step)
 
     def influence(self, rows: pa.Table, step: int, histogram: bool) -> None:
         """Kept and removed units of one optimizer step, and in total and by subset since the run began.

@@ -1,11 +1,13 @@
 """TensorBoard files and the summary, read back as a person's browser would."""
 
 import json
+import re
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from pipeline.record import ledger, subset_rates
 from pipeline.record.ledger import counts_by_subset
@@ -247,3 +249,26 @@ def test_hundreds_of_subsets_have_a_bounded_number_of_curves_that_add_up(tmp_pat
     assert "influence/removed_by_subset/s000" not in tags
     assert sum(events.Scalars(tag)[-1].value for tag in tags) == 2 * 150
     assert sum(events.Scalars(tag.replace("influence/removed_", "kept/"))[-1].value for tag in tags) == 2 * 151
+
+
+def test_every_chart_of_the_layout_has_a_tag_and_no_tag_is_a_regular_expression_of_another_meaning(finished, tmp_path):
+    """TensorBoard's page takes tags for regular expressions, and draws nothing in a chart where one does not match
+    itself. Catches a subset called `Wikipedia (en)`, and a chart of what is never written."""
+    [row] = step_rows(1, 0).slice(0, 1).to_pylist()
+    names = ["Wikipedia (en)", "C++ [x]", "a|b*", "Github"]
+    board = TensorBoard(tmp_path, 0, ledger.SCHEMA.empty_table())
+    rows = [row | {"subset": name} for name in names]
+    board.influence(pa.Table.from_pylist(rows, ledger.SCHEMA), 1, histogram=False)
+    board.scalars({"train/loss": 1.0, "validation/bits_per_byte/all": 1.0}, 1)
+    board.close()
+    made_up = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0, "tensors": 0}).Reload()
+    for events in (made_up, finished[1]):
+        tags = events.Tags()["scalars"]
+        assert all(re.fullmatch(tag, tag) for tag in tags)
+        content = events.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0]
+        charts = [chart for category in Layout.FromString(content).category for chart in category.chart]
+        assert len(charts) == 6
+        for chart in charts:
+            assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in tags), chart.title
+    by_subset = [tag for tag in made_up.Tags()["scalars"] if tag.startswith("influence/removed_by_subset/")]
+    assert len(by_subset) == len(names), "subsets that share a curve"
