@@ -133,11 +133,15 @@ def test_scores_against_a_validation_set_are_those_of_one_process(ranks, pool, e
         np.testing.assert_allclose(scores[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-def test_one_rank_decides_as_two(ranks, one_rank, pool):
-    """Catches a pool that depends on who read what."""
+@pytest.mark.parametrize("estimator", ["lai", "lookahead"])
+def test_one_rank_decides_as_two(ranks, one_rank, pool, estimator):
+    """Catches a pool that depends on who read what, and a reference that each rank has its own of."""
     tables = []
-    for name, world, micro in (("two", ranks, 2), ("one", one_rank, 4)):
-        config = pool(name, micro=micro, stage=2, max_steps=3, policy__temperature=0.5)
+    options: dict[str, Any] = {"policy__temperature": 0.5}
+    if estimator == "lookahead":
+        options = {"influence__reference": "validation", "influence__validation_sequences": 6, "optimizer": ADAM}
+    for name, world, micro, stage in (("two", ranks, 2, 2), ("one", one_rank, 4, 0)):
+        config = pool(name, micro=micro, stage=stage, max_steps=3, influence__estimator=estimator, **dict(options))
         world(run, config)
         tables.append(ledger.read(Path(config.run_dir)).to_pandas())
     assert 0 < tables[0]["kept"].sum() < len(tables[0])
