@@ -1,8 +1,10 @@
 """TensorBoard files and the summary, read back as a person's browser would."""
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -247,3 +249,33 @@ def test_hundreds_of_subsets_have_a_bounded_number_of_curves_that_add_up(tmp_pat
     assert "influence/removed_by_subset/s000" not in tags
     assert sum(events.Scalars(tag)[-1].value for tag in tags) == 2 * 150
     assert sum(events.Scalars(tag.replace("influence/removed_", "kept/"))[-1].value for tag in tags) == 2 * 151
+
+
+def test_held_out_subsets_beyond_those_with_curves_are_one_curve(tmp_path):
+    """Catches a rest that is thrown away, a mean over subsets instead of tokens (or bytes), and two curves in one."""
+    random = np.random.default_rng(0)
+    figures, nats, size = {}, {}, {}
+    for name in [f"s{number:02}" for number in range(60)] + ["other", "all"]:
+        tokens, loss, bytes_per_token = int(random.integers(1, 1000)), random.random(), 1 + random.random()
+        nats[name], size[name] = loss * tokens, bytes_per_token * tokens
+        figures[name] = {"loss": loss, "tokens": tokens, "bits_per_byte": loss / math.log(2) / bytes_per_token}
+    board = TensorBoard(tmp_path, 0, ledger.SCHEMA.empty_table(), ["s59", "s00", "all", "only in training"])
+    board.evaluation({"all": {"loss": 9.0, "bits_per_byte": 8.0}, "subsets": figures}, 5)
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0}).Reload()
+    shown = {tag.removeprefix("validation/loss/") for tag in events.Tags()["scalars"] if "/loss/" in tag}
+    own = shown - {"all", "other"}
+    assert len(own) == SHOWN_SUBSETS
+    assert {"s00", "s59"} <= own
+    rest = figures.keys() - own
+    assert min(figures[name]["tokens"] for name in own - {"s00", "s59"}) >= max(
+        figures[name]["tokens"] for name in rest - {"other", "all"}
+    )
+    expected = {
+        "loss/other": sum(nats[name] for name in rest) / sum(figures[name]["tokens"] for name in rest),
+        "bits_per_byte/other": sum(nats[name] for name in rest) / math.log(2) / sum(size[name] for name in rest),
+        "loss/all": 9.0,
+    }
+    for tag, value in expected.items():
+        [event] = events.Scalars(f"validation/{tag}")
+        assert event.value == pytest.approx(value, rel=1e-5)
