@@ -121,7 +121,7 @@ def _document(record: object, file: str, line: int, text_field: str, subset_fiel
     except (UnicodeDecodeError, UnicodeEncodeError):
         return Problem(file, line, "not valid UTF-8")
     except UnicodeError:
-        return Problem(file, line, "control characters all over: no text, or UTF-16 without a byte order mark")
+        return Problem(file, line, "no UTF-8: control characters, UTF-16 without a byte order mark, or ISO-2022")
     if not text or text.isspace():
         return Problem(file, line, "empty text")
     return Document(text, subset, file, line)

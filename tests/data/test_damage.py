@@ -138,6 +138,43 @@ def test_utf_16_and_32_are_text_and_not_zeros(tmp_path, encoding, text):
     assert documents([str(tmp_path / "f.parquet")]) == [text]
 
 
+EAST_ASIAN = (
+    "我们今天去公园散步，天气很好。\n明天再来。",
+    "あいうえおかきくけこ",  # each byte of it is ASCII
+    "きょうは、いいてんきですね。さんぽにいきましょう。",
+    "東京は日本の首都です。ＡＢＣと12345",
+    "오늘은 날씨가 좋습니다. 공원에 갑시다.",
+    "mixed 文字 and words, 半分ずつ。",
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "gb18030", "shift_jis", "iso2022_jp", "euc_kr"])
+def test_east_asian_text_that_is_no_utf_8_is_never_read_as_something_else(tmp_path, encoding):
+    """Catches bytes that happen to be valid UTF-8: 'あいう' in UTF-16 is 'B0D0F0'."""
+    for whole in EAST_ASIAN:
+        for text in {whole[:length] for length in (8, 9, 16, len(whole))}:
+            try:
+                raw = text.encode(encoding)
+            except UnicodeEncodeError:
+                continue
+            if raw.isascii() and raw.decode() == text:
+                continue
+            (tmp_path / "f.txt").write_bytes(raw)
+            pq.write_table(pa.table({"text": [raw]}), tmp_path / "f.parquet")
+            for name in ("f.txt", "f.parquet"):
+                [found] = read_documents(str(tmp_path / name), DataConfig(prepared_dir="-"), "train")
+                assert getattr(found, "text", text) == text
+    (tmp_path / "f.txt").write_text(whole)
+    assert documents([str(tmp_path / "f.txt")]) == [whole]
+
+
+@pytest.mark.parametrize("text", ["two\n", "word", "Bush hid the facts", "10203040", "a0b1c2d3", "\x1b[31mred\x1b[0m"])
+def test_short_text_that_could_be_utf_16_is_what_it_is_in_ascii(tmp_path, text):
+    """Catches a guess at UTF-16 that takes pairs of letters for ideographs."""
+    (tmp_path / "f.txt").write_text(text)
+    assert documents([str(tmp_path / "f.txt")]) == [text]
+
+
 def test_what_no_encoding_explains_is_a_problem_and_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(32)) * 50)
     [problem] = read_documents(str(tmp_path / "a.txt"), DataConfig(prepared_dir="-"), "train")
