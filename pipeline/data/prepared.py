@@ -160,6 +160,11 @@ def _prepare(config: Config, target: Path) -> None:
         texts.add_to(report)
         for line in overlap_in_words(report):
             tqdm.write(line, file=sys.stderr)
+        if changed := known.changed():
+            raise ValueError(
+                f"data files: {changed[0]} was written to while it was read, so nobody knows what was read of it. "
+                "Wait until nobody writes there, and prepare again"
+            )
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "report.json").write_text(json.dumps(report, indent=2))
         _write_files(temporary, known)

@@ -146,6 +146,22 @@ def test_a_key_of_before_is_refused_with_what_became_of_it(options, tmp_path, ca
     assert message in shown
 
 
+def test_a_key_that_a_file_has_twice_is_refused_and_keeping_one_works(options, tmp_path, capsys):
+    """Catches YAML's own rule, the last one counts: a whole section of before would be forgotten."""
+    file, values = tmp_path / "c.yaml", "".join(f"{name}: {value}\n" for name, value in options.items())
+    for text, named in {
+        "policy: {rate: 0.2}\npolicy: {rule: rate}\n": "policy",
+        "policy: {rate: 0.2, rate: 0.3}\n": "policy.rate",
+        "max_steps: 5\nseed: 1\nmax_steps: 7\nseed: 1\n": "max_steps, seed",
+    }.items():
+        file.write_text(values + text)
+        with pytest.raises(SystemExit):
+            parse("pipeline.train", ["--config", str(file)])
+        assert f"c.yaml has {named} twice, of which only the last would count; keep one" in capsys.readouterr().err
+    file.write_text(values + "policy: {rate: 0.2, rule: rate}\nmax_steps: 5\n")
+    assert parse("pipeline.train", [f"--config={file}"]).policy.rate == 0.2
+
+
 def test_each_command_has_its_own_keys_beside_the_runs(options, capsys):
     arguments = [f"--{name}={value}" for name, value in options.items()] + ["--benchmark.pairs", "3"]
     assert cli.parse("pipeline.benchmark", arguments, BenchmarkRun).benchmark.pairs == 3

@@ -17,6 +17,7 @@ from pipeline.data.document import Document
 from pipeline.data.fingerprint import Known, fingerprint
 from pipeline.data.prepared import load_report, prepare
 from pipeline.data.problems import Problems
+from pipeline.data.tokenizer import train_tokenizer
 from tests.corpora import make_config, remade, write
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -228,3 +229,24 @@ def test_a_file_that_is_known_is_not_read_again(tmp_path, monkeypatch):
     before = fingerprint(config, None, known)
     monkeypatch.setattr("pipeline.data.fingerprint.open", lambda *_: pytest.fail("read again"), raising=False)
     assert fingerprint(config, None, Known(known.files, before)) == before
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused_and_again_is_fine(tmp_path, monkeypatch):
+    """Catches rows of one content under the fingerprint of another."""
+    config = make_config(tmp_path, "train", write(tmp_path / "f.jsonl", 20))
+    written = Path(config.data.train_files)
+    whole = written.read_text()
+
+    def train_and_write(*arguments):
+        tokenizer = train_tokenizer(*arguments)
+        written.write_text(whole + whole)
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.prepared.train_tokenizer", train_and_write)
+        with pytest.raises(ValueError, match=r"f\.jsonl was written to while it was read"):
+            prepare(config)
+    assert not (tmp_path / "prepared").exists()
+    written.write_text(whole + whole)
+    prepare(config)
+    assert load_report(tmp_path / "prepared")["train"]["documents"] == 40
