@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse("pipeline.evaluate", argv, Config, check_run)
     with exit_on_user_error("pipeline.evaluate"):
         if config.data.eval_files is None:
-            raise ValueError("data.eval_files is not set: there is nothing to evaluate on")
+            raise ValueError("data.eval_files is not set, so there is nothing to evaluate on; set it")
         device = launch.join_process_group()
         prepare_on_rank_0(config)
         checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))

@@ -106,7 +106,11 @@ def agree(values: dict[str, str]) -> None:
         if other[name] != every[0][name]
     ]
     if differing:
-        raise ValueError("ranks were started with different things:\n" + "\n".join(differing[:20]))
+        raise ValueError(
+            "ranks were started with different things:\n"
+            + "\n".join(differing[:20])
+            + "\nGive all hosts the same config, DeepSpeed JSON, code and versions, and start again"
+        )
 
 
 def barrier() -> None:

@@ -349,7 +349,7 @@ def test_an_optimizer_that_is_not_known_is_refused(tiny_model, tmp_path):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("ranks=0", "benchmark.ranks is too small"),
+        ("ranks=0", "benchmark.ranks must be 1 or more, not 0"),
         ("utilization=0", "benchmark.utilization must"),
         ("utilization=2", "benchmark.utilization is a fraction"),
         ("fp32_tflops=-1", "more than 0"),
