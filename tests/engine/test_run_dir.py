@@ -27,9 +27,20 @@ def test_a_directory_that_no_run_made_is_refused_and_stays(tmp_path, files):
     for name, text in files.items():
         (tmp_path / "run" / name).write_text(text)
     for refuse in (refuse_foreign_run_dir, move_aside):
-        with pytest.raises(ValueError, match="was not made by an earlier run"):
+        with pytest.raises(ValueError, match=r"was not made by an earlier run. Choose another run_dir, or empty this"):
             refuse(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == set(files)
+    refuse_foreign_run_dir(tmp_path / "another")
+    for name in files:
+        (tmp_path / "run" / name).unlink()
+    move_aside(tmp_path / "run")
+
+
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "run").write_text("ten years")
+    with pytest.raises(ValueError, match="is a file; choose another directory"):
+        refuse_foreign_run_dir(tmp_path / "run")
+    refuse_foreign_run_dir(tmp_path / "another")
 
 
 @pytest.mark.parametrize("files", [{"config.yaml": CONFIG, "notes.md": ""}, {"plan.json": "{}"}])
