@@ -42,7 +42,7 @@ from pipeline.training.export import finish
 from pipeline.training.influence_engine import InfluenceEngine
 from pipeline.training.model_check import check_before_training
 from pipeline.training.preparing import prepare_on_rank_0
-from pipeline.training.rules import check_run
+from pipeline.training.rules import check_run, without_effect
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -72,7 +72,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
         rank, world, device = collectives.rank(), collectives.world_size(), launch.device()
         leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
         collectives.agree({"data.leave_out": str(leave_out)})
-        said = notes(config, settings) + check_effect(config, settings, world)
+        said = notes(config, settings) + check_effect(config, settings, world) + without_effect(config)
         checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))
         written_under, changed = settings, list[str]()
         if owns_accumulation(config.influence):
