@@ -121,10 +121,11 @@ def _may_be_utf_16(raw: bytes) -> bool:
             text = raw.decode(encoding)
         except UnicodeError:
             continue
-        kana = sum("\u3041" <= character <= "\u30ff" for character in text)
-        plain = _decodes(raw, "utf-8") and not CONTROLS & set(raw)
-        if EAST_ASIAN.fullmatch(text) and (not plain or 2 * kana > len(text) > 2):
-            return True
+        if EAST_ASIAN.fullmatch(text):
+            kana = sum("\u3041" <= character <= "\u30ff" for character in text)
+            plain = _decodes(raw, "utf-8") and not CONTROLS & set(raw)
+            if not plain or 2 * kana > len(text) > 2:
+                return True
     return False
 
 
