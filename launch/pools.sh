@@ -18,7 +18,7 @@ pile=../shared/data/pile
 subsets=runs/data/subsets
 
 [ -f "$subsets/train/$target.jsonl" ] || python launch/by_subset.py $subsets/train $pile/train/02.jsonl.zst
-[ -d $subsets/val ] || python launch/by_subset.py $subsets/val $pile/val.jsonl.zst
+[ -f "$subsets/val/$target.jsonl" ] || python launch/by_subset.py $subsets/val $pile/val.jsonl.zst
 shared=(--data.prepared_dir "$out/data" --data.reference_files "$subsets/train/$target.jsonl")
 python -m pipeline.prepare --config $config "${shared[@]}" "${@:5}"
 if [[ "${arms[*]}" == *rho* ]] && [ ! -f "$out/reference/summary.json" ]; then

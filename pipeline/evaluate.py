@@ -14,12 +14,13 @@ from rich.table import Table
 from pipeline.config.cli import exit_on_user_error, parse
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
-from pipeline.data.prepared import ensure_prepared, load_report, load_split
+from pipeline.data.prepared import load_report, load_split
 from pipeline.engine import collectives, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import find_checkpoint
 from pipeline.models.load import load_model
 from pipeline.training.evaluation import evaluate
+from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import check_run
 
 
@@ -27,10 +28,10 @@ def main(argv: list[str] | None = None) -> None:
     config = parse("pipeline.evaluate", argv, Config, check_run)
     with exit_on_user_error("pipeline.evaluate"):
         if config.data.eval_files is None:
-            raise ValueError("data.eval_files is not set: there is nothing to evaluate on")
-        ensure_prepared(config)
+            raise ValueError("data.eval_files is not set, so there is nothing to evaluate on; set it")
         device = launch.join_process_group()
-        checkpoint = collectives.broadcast(find_checkpoint(config) if collectives.rank() == 0 else None)
+        prepare_on_rank_0(config)
+        checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))
         model = load_model(config.model, config.seed).eval()
         if checkpoint:
             load_weights(model, checkpoint)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_on_user_error("pipeline.report"):
         output = Path(arguments.output or Path(os.path.commonpath([d.resolve() for d in directories]), "report.html"))
         if output.suffix != ".html":
-            raise ValueError(f"--output: {output} does not end in .html")
+            raise ValueError(f"--output: {output} does not end in .html; give it that ending")
         content = report([read_run(directory) for directory in directories])
         output.parent.mkdir(parents=True, exist_ok=True)
         output.with_suffix(".json").write_text(json.dumps(content, indent=2, default=_plain))

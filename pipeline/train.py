@@ -11,11 +11,10 @@ from typing import Any
 from pipeline.config import cli
 from pipeline.config.cli import exit_on_refused_file, exit_on_user_error
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.launcher import launched_rank
 from pipeline.config.ownership import owned
 from pipeline.config.schema import Config
 from pipeline.data.leave_out import left_out
-from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_report, load_split
+from pipeline.data.prepared import load_fingerprint, load_report, load_split
 from pipeline.data.samples import Samples
 from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.agreement import startup_identity
@@ -43,7 +42,8 @@ from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
 from pipeline.training.influence_engine import InfluenceEngine
 from pipeline.training.model_check import check_before_training
-from pipeline.training.rules import check_run
+from pipeline.training.preparing import prepare_on_rank_0
+from pipeline.training.rules import check_run, without_effect
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -52,10 +52,15 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
     `until` ends it earlier, as if it were done. Returns the summary of a run that is done, on rank 0. Collective.
     """
     with ExitStack() as ownership:
+
+        def own() -> None:
+            ownership.enter_context(owned(config.run_dir, "run_dir"))
+            refuse_foreign_run_dir(Path(config.run_dir))
+
         with exit_on_user_error("pipeline.train"):
-            if launched_rank() == 0:
-                ownership.enter_context(owned(config.run_dir, "run_dir"))
-                refuse_foreign_run_dir(Path(config.run_dir))
+            launch.join_process_group()
+            collectives.agree(startup_identity(config))
+            collectives.on_rank_0(own)
         return _train(config, until)
 
 
@@ -64,13 +69,12 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     with exit_on_user_error("pipeline.train"):
         settings = read_deepspeed_config(config)
         check_deepspeed_json(config, settings)
-        ensure_prepared(config)
-        device = launch.join_process_group()
-        rank, world = collectives.rank(), collectives.world_size()
+        prepare_on_rank_0(config)
+        rank, world, device = collectives.rank(), collectives.world_size(), launch.device()
         leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
-        collectives.agree(startup_identity(config) | {"data.leave_out": str(leave_out)})
-        said = notes(config, settings) + check_effect(config, settings, world)
-        checkpoint = collectives.broadcast(find_checkpoint(config) if rank == 0 else None)
+        collectives.agree({"data.leave_out": str(leave_out)})
+        said = notes(config, settings) + check_effect(config, settings, world) + without_effect(config)
+        checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))
         written_under, changed = settings, list[str]()
         if owns_accumulation(config.influence, config.policy):
             settings["managed_gradient_accumulation"] = False
@@ -110,8 +114,8 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
             refuse_foreign(checkpoint, identity)
             progress = Progress(**deepspeed_engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
             changed += engine.load_state_dict(progress.influence)
-        recorder = None
-        if rank == 0:
+
+        def open_records() -> Recorder:
             for what in [f"note: {each}" for each in said] + [f"resume: {each}" for each in changed]:
                 print(what, flush=True)
             if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
@@ -119,7 +123,9 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
             where = (engine.step, engine.position, world, engine.size * world, engine.micro_batches)
             pool = config.policy.pool or 1
             keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool))
-            recorder = Recorder(config, samples, engine.step)
+            return Recorder(config, samples, engine.step)
+
+        recorder = collectives.on_rank_0(open_records)
 
     def hold_out() -> None:
         """Held-out figures of the model as it is, kept for the end and shown in TensorBoard."""

@@ -1,9 +1,11 @@
 """Real runs for tests: configs over a small real corpus, DeepSpeed JSONs, and what came out."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -111,6 +113,14 @@ def ghost_scores(
 def run(config: Config) -> None:
     """The main job, on a rank of the pair."""
     train(config)
+
+
+def refusal_of(function: Callable[..., Any], *args: Any) -> str:
+    """On a rank: what a command that ends with exit code 2 tells its user."""
+    with pytest.raises(SystemExit) as end:
+        function(*args)
+    assert end.value.code == 2
+    return str(end.value.__context__)
 
 
 def weights(model_dir: Path) -> dict[str, torch.Tensor]:

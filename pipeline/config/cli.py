@@ -3,7 +3,7 @@
 import errno
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,7 +13,6 @@ import yaml
 from jsonargparse import set_parsing_settings
 
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.differences import flat
 from pipeline.config.schema import Config
 from pipeline.config.writing import FULL, NotWritten
 
@@ -50,6 +49,8 @@ def parse(
     parser = _parser(prog, kind, epilog)
     given = sys.argv[1:] if argv is None else argv
     arguments = [a for a in given if not a.startswith(("--local_rank", "--local-rank"))]
+    for file, keys in _twice(arguments):
+        parser.error(f"{file} has {', '.join(keys)} twice, of which only the last would count; keep one of them")
     for key in _keys(arguments):
         if what := next((what for gone, what in GONE.items() if key == gone or key.startswith(f"{gone}.")), None):
             parser.error(f"{key} {what}")
@@ -75,16 +76,37 @@ def _parser(prog: str, kind: type[Config], epilog: str = "") -> jsonargparse.Arg
 
 
 def _keys(arguments: Sequence[str]) -> Iterator[str]:
-    """All keys that the arguments and their config files name; what cannot be read is the parser's to refuse."""
+    """All keys that the arguments and their config files name."""
+    yield from (option.partition("=")[0].removeprefix("--") for option in arguments)
+    for _, root in _files(arguments):
+        yield from _names(root)
+
+
+def _twice(arguments: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:
+    """Config files that have a key twice, of which YAML itself would take the last, and these keys."""
+    for file, root in _files(arguments):
+        names = list(_names(root))
+        if again := sorted({name for name in names if names.count(name) > 1}):
+            yield file, again
+
+
+def _names(node: yaml.Node, prefix: str = "") -> Iterator[str]:
+    """The dotted name of every key in there, sections too."""
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        name = f"{prefix}{key.value}"
+        yield name
+        yield from _names(value, f"{name}.")
+
+
+def _files(arguments: Sequence[str]) -> Iterator[tuple[Path, yaml.Node]]:
+    """The config files that can be read; the others are the parser's to refuse."""
     for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, _, value = option.partition("=")
-        yield name.removeprefix("--")
         file = Path(value or following)
         if name == "--config" and file.is_file():
-            try:
-                yield from flat("", yaml.safe_load(file.read_text()) or {})
-            except (yaml.YAMLError, UnicodeDecodeError):
-                return
+            with suppress(yaml.YAMLError, UnicodeDecodeError):
+                if root := yaml.compose(file.read_text(), yaml.SafeLoader):
+                    yield file, root
 
 
 @contextmanager

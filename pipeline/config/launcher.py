@@ -63,13 +63,3 @@ def _number(name: str) -> int | None:
     if not text.isdigit():
         raise ValueError(f"the environment says {name}={text!r}, which is no whole number; export the right one")
     return int(text)
-
-
-def launched_rank() -> int:
-    """The rank that the launcher gave this process, known before there is a process group; 0 without a launcher.
-
-    Raises ValueError where the environment of a launcher is not whole (`check_environment`).
-    """
-    check_environment()
-    names = ("RANK", *MPI_RANKS) if int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) == 1 else ("RANK", "SLURM_PROCID")
-    return next((int(os.environ[name]) for name in names if name in os.environ), 0)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 
-def at_least_one(values: Mapping[str, int | None]) -> None:
+def at_least_one(values: Mapping[str, int | None], least: int = 1) -> None:
     """Counts; None is not set."""
     for key, number in values.items():
-        if number is not None and number < 1:
-            raise ValueError(f"{key} is too small ({number}): sequences need two tokens, everything else at least 1")
+        if number is not None and number < least:
+            raise ValueError(f"{key} must be {least} or more, not {number}")
 
 
 def not_negative(values: Mapping[str, float | None]) -> None:

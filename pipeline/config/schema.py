@@ -83,18 +83,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         expand(self, "prepared_dir", "train_files", "eval_files", "reference_files", "planted_foreign_files")
-        at_least_one(
-            {
-                "data.sequence_length": self.sequence_length - 1,
-                "data.max_sequences": self.max_sequences,
-                "data.max_eval_sequences": self.max_eval_sequences,
-            }
-        )
+        at_least_one({"data.sequence_length": self.sequence_length}, least=2)  # the first token predicts the second
+        at_least_one({f"data.{name}": getattr(self, name) for name in ("max_sequences", "max_eval_sequences")})
         fractions({"data.max_bad_fraction": self.max_bad_fraction, "data.planted_noise": self.planted_noise})
         not_negative({"data.seed": self.seed})
         if self.planted_foreign_files is not None and not self.planted_noise:
             raise ValueError("data.planted_foreign_files is for planted noise: set data.planted_noise, or leave it out")
-        if BUILTIN in (self.reference_files or []):
+        if self.reference_files == BUILTIN or BUILTIN in [*(self.reference_files or ())]:
             raise ValueError(f"data.reference_files: '{BUILTIN}' holds out nothing for it; give files or a hub id")
 
 
@@ -317,9 +312,13 @@ class Config:
         at_least_one({"max_steps": self.max_steps})
         not_negative({"seed": self.seed})
         if self.influence.reference == "validation" and self.data.reference_files is None:
-            raise ValueError("influence.reference 'validation' needs data.reference_files, which is not set")
+            raise ValueError(
+                "influence.reference 'validation' needs data.reference_files, which is not set; set it, or choose batch"
+            )
         if self.observe.eval_every_steps and self.data.eval_files is None:
-            raise ValueError("observe.eval_every_steps needs data.eval_files, which is not set")
+            raise ValueError(
+                "observe.eval_every_steps needs data.eval_files, which is not set; set it, or leave the other out"
+            )
         run_dir, prepared_dir = Path(self.run_dir).resolve(), Path(self.data.prepared_dir).resolve()
         if prepared_dir.is_relative_to(run_dir):
             raise ValueError(

@@ -232,7 +232,7 @@ def refuse_too_long(model: PreTrainedModel, length: int) -> None:
     """Raises ValueError for sequences that the model has no positions for."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest and length > longest:
-        raise ValueError(f"data.sequence_length {length} is more than the {longest} positions of the model")
+        raise ValueError(f"data.sequence_length {length} is more than the {longest} positions of the model; lower it")
 
 
 def make_scorer(

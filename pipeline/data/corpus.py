@@ -78,19 +78,30 @@ def resolve(files: str | list[str]) -> list[str]:
     known = f"known are {', '.join(SUFFIXES)}, a hub id ({FORMS}) and `{BUILTIN}`"
     sources: list[str] = []
     for entry in [files] if isinstance(files, str) else files:
-        found = [entry] if Path(entry).exists() else sorted(glob.glob(entry, recursive=True))
+        found = [entry] if Path(entry).exists() else _matches(entry)
         if entry == BUILTIN:
             found = [BUILTIN]
         elif not found and hub_corpus(entry) and not entry.endswith(SUFFIXES):
             found = [entry]
         elif not found:
-            raise ValueError(f"data files: `{entry}` matches no file (in {Path.cwd()}); {known}")
-        elif unknown := [path for path in found if not path.endswith(SUFFIXES) or not Path(path).is_file()]:
+            bracket = "; a bracket of a name is written [[] beside wildcards" if "[" in entry else ""
+            raise ValueError(f"data files: `{entry}` matches no file (in {Path.cwd()}){bracket}; {known}")
+        elif unreal := [path for path in found if not Path(path).is_file()]:
+            raise ValueError(f"data files: `{unreal[0]}` is no file (a folder, or a link that leads nowhere); {known}")
+        elif unknown := [path for path in found if not path.endswith(SUFFIXES)]:
             raise ValueError(f"data files: `{unknown[0]}` is not a file of a known kind; {known}")
         sources += found
     if not sources:
         raise ValueError(f"data files: the list is empty; {known}")
     return sources
+
+
+def _matches(pattern: str) -> list[str]:
+    """The files of a glob, sorted; those of a folder once, by however many links one comes to it."""
+    found: dict[Path, str] = {}
+    for path in sorted(glob.glob(pattern, recursive=True), key=lambda path: (path.count("/"), path)):
+        found.setdefault(Path(path).parent.resolve() / Path(path).name, path)
+    return sorted(found.values())
 
 
 def gone(files: str | list[str]) -> list[str]:
@@ -118,12 +129,12 @@ def _document(record: object, file: str, line: int, text_field: str, subset_fiel
         text.encode()  # JSON can spell half a surrogate pair, which no tokenizer takes
         if not isinstance(subset, str | int | None):
             return Problem(file, line, f"subset field `{subset_field}` is neither a string nor an integer")
-        subset = "-" if subset is None else str(subset)
+        subset = "-" if subset in (None, "") else str(subset)
         subset.encode()
     except (UnicodeDecodeError, UnicodeEncodeError):
         return Problem(file, line, "not valid UTF-8")
     except UnicodeError:
-        return Problem(file, line, "control characters all over: no text, or UTF-16 without a byte order mark")
+        return Problem(file, line, "no UTF-8: control characters, UTF-16 without a byte order mark, or ISO-2022")
     if not text or text.isspace():
         return Problem(file, line, "empty text")
     return Document(text, subset, file, line, record)

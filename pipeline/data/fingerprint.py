@@ -34,8 +34,7 @@ class Known:
     def content(self, path: Path) -> str:
         """The hash of a file. Its name, size and modification time alone are no identity: other directories have
         files that are alike in all of them."""
-        state = path.stat()
-        times = [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
+        times = _times(path)
         key = str(path.resolve())
         digest, *before = self._before.get(key, [""])
         if before != times:
@@ -47,9 +46,22 @@ class Known:
         self.files[key] = [digest, *times]
         return digest
 
+    def changed(self) -> list[str]:
+        """The files that are gone, or are no longer what `content` saw."""
+        return [
+            path
+            for path, (_, size, modified, _) in self.files.items()
+            if not Path(path).is_file() or _times(Path(path))[:2] != [size, modified]
+        ]
+
     def commit(self, source: str) -> str | None:
         """Of a hub corpus; what was prepared of an earlier one stays good until somebody prepares anew."""
         return self._hubs[source] if source in self._hubs else commit_of(source)
+
+
+def _times(path: Path) -> list[int]:
+    state = path.stat()
+    return [state.st_size, state.st_mtime_ns, state.st_ctime_ns]
 
 
 def fingerprint(

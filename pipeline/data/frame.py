@@ -39,7 +39,7 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, data: DataConfig | None = None)
         if eos is None:
             raise ValueError(
                 f"model.tokenizer: `{name}` has no eos token, which has to close every document; give it one "
-                "(tokenizer.eos_token = ..., save_pretrained) and name the saved directory"
+                "(add_special_tokens, save_pretrained) and name the saved directory, or set data.eos to false"
             )
         return Frame(before, [eos], eos)
     return Frame(before, [], next((token for token in (eos, bos) if token is not None), 0))

@@ -47,18 +47,27 @@ def commit_of(source: str) -> str | None:
 
 def records(source: str) -> Iterator[dict[str, Any]]:
     """The records of a hub corpus, streamed, of the commit that `commit_of` found. Raises ValueError where it cannot
-    be opened."""
+    be opened, or breaks off."""
     from datasets import load_dataset  # slow to import, and seldom wanted
 
     corpus = hub_corpus(source)
     assert corpus
     arguments = [corpus.name] + ([corpus.config] if corpus.config else [])
     revision = commit_of(source) or corpus.revision
+    count = 0
     try:
-        return iter(
-            load_dataset(*arguments, split=corpus.split, streaming=True, **({"revision": revision} if revision else {}))
+        found = load_dataset(
+            *arguments, split=corpus.split, streaming=True, **({"revision": revision} if revision else {})
         )
+        for record in found:
+            count += 1
+            yield record
     except (OSError, ValueError) as error:
+        if count:
+            raise ValueError(
+                f"data files: the hub dataset `{source}` broke off after {count} records ({error}); check the network "
+                "and start again"
+            ) from error
         raise ValueError(
             f"data files: `{source}` is no file here, and as a hub dataset it cannot be opened ({error}); "
             f"check the spelling ({FORMS}) and the network"

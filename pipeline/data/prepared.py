@@ -10,14 +10,12 @@ prepared_dir/report.json         what is in it, and what was wrong with the file
 """
 
 import glob
-import itertools
 import json
 import os
 import re
 import shutil
 import socket
 import sys
-import time
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +26,6 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.differences import changes
-from pipeline.config.launcher import launched_rank
 from pipeline.config.ownership import owned
 from pipeline.config.schema import BUILTIN, Config, InfluenceConfig
 from pipeline.data.corpus import check_files, gone
@@ -46,20 +43,12 @@ RAW = ("train_files", "eval_files", "reference_files", "planted_foreign_files")
 
 
 def ensure_prepared(config: Config) -> None:
-    """On rank 0, prepare where `data.prepared_dir` is missing; on the others, wait for it. Before any process group.
+    """Prepare where `data.prepared_dir` is missing. In one process (`training.preparing`).
 
-    Raises ValueError, on rank 0, where it was made of something else; held-out splits that the config does not ask for
-    are no difference, and neither are raw files that are gone: what was prepared from them is what counts.
+    Raises ValueError where it was made of something else; held-out splits that the config does not ask for are no
+    difference, and neither are raw files that are gone: what was prepared from them is what counts.
     """
     directory = Path(config.data.prepared_dir)
-    if rank := launched_rank():
-        # No collective: a large corpus takes longer than any of their timeouts.
-        for second in itertools.count():
-            if (directory / "fingerprint.json").exists():
-                return
-            if second % 60 == 5:
-                print(f"rank {rank} waits for rank 0 to prepare {directory} (all hosts must see it)", flush=True)
-            time.sleep(1)
     if not (directory / "fingerprint.json").exists():
         return prepare(config)
     if not any(gone(files) for name in RAW if (files := getattr(config.data, name))):
@@ -171,6 +160,11 @@ def _prepare(config: Config, target: Path) -> None:
         texts.add_to(report)
         for line in overlap_in_words(report):
             tqdm.write(line, file=sys.stderr)
+        if changed := known.changed():
+            raise ValueError(
+                f"data files: {changed[0]} was written to while it was read, so nobody knows what was read of it. "
+                "Wait until nobody writes there, and prepare again"
+            )
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "report.json").write_text(json.dumps(report, indent=2))
         _write_files(temporary, known)

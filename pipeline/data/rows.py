@@ -35,7 +35,7 @@ def batch_of(given: Mapping[str, Any], first: int, device: torch.device, unit: s
         labels = ids_BT.where(others.get("attention_mask", torch.ones_like(ids_BT)) != 0, IGNORE)
     labels = torch.as_tensor(labels, device=device)
     if labels.shape != ids_BT.shape:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(ids_BT.shape)}")
+        raise ValueError(f"labels has shape {tuple(labels.shape)}, input_ids {tuple(ids_BT.shape)}; make them alike")
     for name, tensor in others.items():
         if not tensor.dim() or len(tensor) != len(ids_BT):
             raise ValueError(
@@ -43,7 +43,7 @@ def batch_of(given: Mapping[str, Any], first: int, device: torch.device, unit: s
             )
     metadata = given.get("metadata")
     if metadata is not None and len(metadata) != len(ids_BT):
-        raise ValueError(f"metadata has {len(metadata)} objects for {len(ids_BT)} sequences")
+        raise ValueError(f"metadata has {len(metadata)} objects for {len(ids_BT)} sequences; give one for each")
     if (unit == "document") != ("unit_ids" in given):
         raise ValueError("influence.unit 'document' and unit_ids in every micro-batch go together")
     labels_BT = next_token_labels(labels)
@@ -62,7 +62,9 @@ def _whole(row: int, first: int, length: int) -> Unit:
 def _units(ids_BT: Tensor, labels_BT: Tensor, first: int) -> list[Unit]:
     """Every run of one id in a row."""
     if ids_BT.shape != labels_BT.shape:
-        raise ValueError(f"unit_ids has shape {tuple(ids_BT.shape)}, input_ids {tuple(labels_BT.shape)}")
+        raise ValueError(
+            f"unit_ids has shape {tuple(ids_BT.shape)}, input_ids {tuple(labels_BT.shape)}; make them alike"
+        )
     units, length = [], ids_BT.shape[1]
     for row, ids_T in enumerate(ids_BT):
         values, counts = ids_T.unique_consecutive(return_counts=True)
@@ -88,7 +90,7 @@ class Rows:
 
     def __init__(self, rows: Sequence[Mapping[str, Any]], seed: int) -> None:
         if not len(rows):
-            raise ValueError("the reference holds no sequence")
+            raise ValueError("the reference holds no sequence; give it one or more")
         self._rows, self._order = rows, Order(len(rows), seed)
 
     def batch_at(self, positions: list[int], device: torch.device) -> Batch:

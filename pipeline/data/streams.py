@@ -2,6 +2,7 @@
 
 import codecs
 import io
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -34,6 +35,9 @@ BOMS = (
 
 CONTROLS = frozenset(range(32)) - frozenset(b"\t\n\v\f\r\x1b")
 """Bytes that hardly occur in UTF-8 text, and are half of most text in UTF-16."""
+
+
+EAST_ASIAN = re.compile(r"[\s!-~\u2010-\u2030\u3000-\u9fff\uac00-\ud7a3\uff00-\uffef]+")
 
 
 def pointer(file: str | Path) -> str | None:
@@ -97,13 +101,32 @@ def lines(parts: Iterable[bytes]) -> Iterator[bytes]:
 
 def decode(raw: bytes) -> str:
     """A whole text from its bytes, in whatever Unicode encoding, without a byte order mark. Raises UnicodeError where
-    it has none."""
-    encoding = encoding_of(raw)
+    it has none, or none that can be told."""
+    encoding, head = encoding_of(raw), raw[:1_000_000]
+    if encoding == "utf-8" and (_may_be_utf_16(head) or b"\x1b$" in head):
+        raise UnicodeError("UTF-16 without a byte order mark, or ISO-2022")
     text = raw.removeprefix(_bom(raw)).decode(encoding)
     begin = text[:1_000_000]
     if 10 * sum(begin.count(chr(control)) for control in CONTROLS) > len(begin) > 2:
         raise UnicodeError("a tenth of it or more is control characters")
     return text
+
+
+def _may_be_utf_16(raw: bytes) -> bool:
+    """Whether it is East Asian text in UTF-16, all of it, in either byte order, and no plain text: it is not UTF-8, or
+    has control characters, or would be kana by chance. Nobody can tell a few ideographs from as many pairs of letters
+    of ASCII."""
+    for encoding in ("utf-16-le", "utf-16-be"):
+        try:
+            text = raw.decode(encoding)
+        except UnicodeError:
+            continue
+        if EAST_ASIAN.fullmatch(text):
+            kana = sum("\u3041" <= character <= "\u30ff" for character in text)
+            plain = _decodes(raw, "utf-8") and not CONTROLS & set(raw)
+            if not plain or 2 * kana > len(text) > 2:
+                return True
+    return False
 
 
 def encoding_of(raw: bytes) -> str:

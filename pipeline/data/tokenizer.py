@@ -62,7 +62,7 @@ def vocabulary_size(config: Config) -> int:
         )
     size = json.loads(path.read_text()).get("vocab_size")
     if not isinstance(size, int) or size < 257:
-        raise ValueError(f"{path}: vocab_size is {size}; a byte-level tokenizer needs at least 257 (256 bytes and eos)")
+        raise ValueError(f"{path}: vocab_size is {size}; raise it to 257 at least, for 256 bytes and eos")
     return size
 
 

@@ -129,4 +129,7 @@ def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     missing, unexpected = model.load_state_dict(checkpoint_files.checkpoint_weights(checkpoint), strict=False)
     left = sorted(set(missing) - set(model.all_tied_weights_keys)) + unexpected
     if left:
-        raise ValueError(f"{checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}")
+        raise ValueError(
+            f"{checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}. Name the one that "
+            "it was trained from in model.name_or_path, or another checkpoint"
+        )

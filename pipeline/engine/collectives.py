@@ -3,11 +3,19 @@
 Every call here is collective: all ranks make it, in the same order, or they wait for each other for ever.
 """
 
-from typing import Any
+from collections.abc import Callable
+from concurrent.futures import Future, wait
+from threading import Thread
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
+
+BEAT = 5.0
+"""Seconds after which ranks that wait for rank 0 hear from it again."""
 
 
 def rank() -> int:
@@ -48,11 +56,49 @@ def broadcast(value: Any) -> Any:
     return box[0]
 
 
-def agree(values: dict[str, str]) -> None:
-    """Raises ValueError, on all ranks, where these differ between ranks, naming the ranks and what differs."""
-    every: list[dict[str, str]] = [values] * world_size()
+def on_rank_0(work: Callable[[], T]) -> T | None:
+    """What `work` returns, on rank 0, which alone does it; None on the others. Where it fails all ranks raise: rank 0
+    its own error, the others ValueError with its words. Collective, however long it takes: in one long wait for it a
+    collective would time out, so the others hear from rank 0 every few seconds.
+    """
+    if world_size() == 1:
+        return work()
+    done: Future[T] = Future()
+    if rank() == 0:
+        Thread(target=_do, args=(work, done), daemon=True).start()
+    while not broadcast(rank() == 0 and bool(wait([done], timeout=BEAT).done)):
+        pass
+    error = done.exception() if rank() == 0 else None
+    trouble = broadcast(error and _in_words(error))
+    if error:
+        raise error
+    if trouble:
+        raise ValueError(trouble)
+    return done.result() if rank() == 0 else None
+
+
+def _do(work: Callable[[], T], done: "Future[T]") -> None:
+    try:
+        done.set_result(work())
+    except BaseException as error:  # whatever it is: the others wait
+        done.set_exception(error)
+
+
+def _in_words(error: BaseException) -> str:
+    return str(error) if isinstance(error, ValueError) else f"rank 0 failed: {type(error).__name__}: {error}"
+
+
+def all_gather(values: list[T]) -> list[T]:
+    """The values of all ranks, any objects that pickle, in rank order."""
+    every = [values] * world_size()
     if world_size() > 1:
         dist.all_gather_object(every, values)
+    return [value for its in every for value in its]
+
+
+def agree(values: dict[str, str]) -> None:
+    """Raises ValueError, on all ranks, where these differ between ranks, naming the ranks and what differs."""
+    every = all_gather([values])
     differing = [
         f"  {name}: {other[name]} on rank {index}, {every[0][name]} on rank 0"
         for index, other in enumerate(every)
@@ -60,7 +106,11 @@ def agree(values: dict[str, str]) -> None:
         if other[name] != every[0][name]
     ]
     if differing:
-        raise ValueError("ranks were started with different things:\n" + "\n".join(differing[:20]))
+        raise ValueError(
+            "ranks were started with different things:\n"
+            + "\n".join(differing[:20])
+            + "\nGive all hosts the same config, DeepSpeed JSON, code and versions, and start again"
+        )
 
 
 def barrier() -> None:

@@ -3,7 +3,6 @@
 import math
 import shutil
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -143,20 +142,15 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, keys: Iterable[st
 
 
 def _universal_form(checkpoint: Path) -> Path:
-    """A copy of `checkpoint` with every parameter and its moments whole, in a new directory inside of it. Collective.
-
-    Rank 0 makes it. The others hear from it every few seconds: in one long wait for it a collective would time out.
+    """A copy of `checkpoint` with every parameter and its moments whole, in a new directory inside of it. Collective;
+    rank 0 makes it.
     """
     if collectives.rank() == 0:
         print(
             f"resume: {checkpoint} was written by other ranks or under another ZeRO stage; converting a copy",
             flush=True,
         )
-    with ThreadPoolExecutor(1) as pool:
-        work = pool.submit(_convert, checkpoint) if collectives.rank() == 0 else None
-        while not collectives.broadcast(bool(work and wait([work], timeout=5).done)):
-            pass
-    converted, trouble = collectives.broadcast(work and work.result())
+    converted, trouble = collectives.broadcast(collectives.on_rank_0(lambda: _convert(checkpoint)))
     if trouble:
         raise ValueError(f"resume: {checkpoint} could not be converted for other ranks: {trouble}")
     return converted

@@ -200,7 +200,9 @@ def invariance(config: Config, steps: int, only: str, timeout: float) -> bool:
         print(_ROW.format(variant.name, *numbers), *first_few(found.violations), sep="\n    ", flush=True)
         agree, compared = agree and not found.violations, compared + 1
     if not compared:
-        raise ValueError(f"no configuration with '{only}' in its name runs here")
+        raise ValueError(
+            f"no configuration with '{only}' in its name runs here; there are {[other.name for other in others]}"
+        )
     print(f"{'OK: all agree' if agree else f'FAILED; logs and ledgers are in {directory}'} (tolerance {tolerance:g})")
     if agree:
         shutil.rmtree(directory)

@@ -34,7 +34,9 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     between the two writes). Raises ValueError where there is no run.
     """
     if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
-        raise ValueError(f"{run_dir} is no run directory: config.yaml or ledger/ is missing")
+        raise ValueError(
+            f"{run_dir} is no run directory (no config.yaml or no ledger/); name the run_dir of a training"
+        )
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     prepared_dir = config["data"]["prepared_dir"]
     rows, violations = _read_parts(run_dir / "ledger")

@@ -30,7 +30,9 @@ class Run:
 def read_run(directory: Path) -> Run:
     """Raises ValueError where `directory` is no run directory."""
     if not (directory / "config.yaml").is_file() or not (directory / "ledger").is_dir():
-        raise ValueError(f"{directory} is no run directory: config.yaml or ledger/ is missing")
+        raise ValueError(
+            f"{directory} is no run directory (no config.yaml or no ledger/); name the run_dir of a training"
+        )
     config = yaml.safe_load((directory / "config.yaml").read_text())
     summary, fidelity = (_json(directory / name) for name in ("summary.json", "fidelity.json"))
     table = ledger.read(directory)

@@ -19,7 +19,7 @@ from pipeline.data.prepared import load_report
 from pipeline.data.samples import Samples
 from pipeline.record import ledger
 from pipeline.record.outcome import Decided, Outcome
-from pipeline.record.tensorboard import SHOWN_SUBSETS, TensorBoard
+from pipeline.record.tensorboard import TensorBoard
 
 
 class Recorder:
@@ -130,12 +130,8 @@ class Recorder:
         )
 
     def evaluation(self, figures: dict[str, Any], step: int) -> None:
-        """Held-out figures: of all, and of the subsets that TensorBoard shows. (summary.json has every one.)"""
-        shown = [(name, row) for name, row in figures["subsets"].items() if self._board.shown(name) == name]
-        more = [(name, row) for name, row in figures["subsets"].items() if self._board.shown(name) != name]
-        shown += sorted(more, key=lambda pair: -pair[1]["tokens"])[: max(SHOWN_SUBSETS - len(shown), 0)]
-        for name, row in [("all", figures["all"]), *shown]:
-            self._board.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", "bits_per_byte")}, step)
+        """Held-out figures. (summary.json has those of every subset.)"""
+        self._board.evaluation(figures, step)
 
     def commit(self, step: int) -> None:
         """Publish all rows up to `step`: a checkpoint of it was just written."""

@@ -15,7 +15,8 @@ SHOWN_SUBSETS = 32
 """Subsets with curves of their own; the rest of hundreds share one, or the files grow without bound."""
 
 
-OTHER = "other"
+ALL, OTHER = "all", "other"
+"""Curves of several subsets. A subset of such a name is among the others, or two would share a curve."""
 
 
 _TEXTS = 4
@@ -67,7 +68,6 @@ class TensorBoard:
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
-        # A subset that is itself called `other` is part of the rest, or the two would share a curve.
         self._shown = dict.fromkeys([name for name in subsets if name != OTHER][:SHOWN_SUBSETS])
         self._count(rows)
         self._step = step
@@ -120,6 +120,18 @@ class TensorBoard:
             self._seen_standing_out |= {(row["subset"], row["stands_out"]) for row in new}
             self._warn(new, step)
 
+    def evaluation(self, figures: dict[str, Any], step: int) -> None:
+        """Held-out loss and bits per byte: of all, of the subsets with curves, and of the others together. Subsets that
+        training has not, the largest first, get the curves that are left."""
+        rows = figures["subsets"]
+        ranked = sorted(rows, key=lambda name: (name not in self._shown, -rows[name]["tokens"]))
+        own = [name for name in ranked if name not in (ALL, OTHER)][:SHOWN_SUBSETS]
+        shown = {ALL: figures["all"]} | {name: rows[name] for name in own}
+        if rest := [row for name, row in rows.items() if name not in own]:
+            shown[OTHER] = _together(rest)
+        for name, row in shown.items():
+            self.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", "bits_per_byte")}, step)
+
     def by_subset(self) -> dict[str, tuple[int, int]]:
         """(units, removed) since the run began, of the subsets that are shown; all others are `other` together."""
         counts: dict[str, tuple[int, int]] = {}
@@ -165,6 +177,14 @@ class TensorBoard:
         for subset, (units, removed) in counts.items():
             self._units[subset] += units
             self._removed[subset] += removed
+
+
+def _together(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The figures of several subsets as one: nats per token predicted, and bits per byte of these."""
+    nats, tokens = sum(row["loss"] * row["tokens"] for row in rows), sum(row["tokens"] for row in rows)
+    ratios = [row["bits_per_byte"] / row["loss"] if row["loss"] else math.inf for row in rows]
+    size = sum(row["tokens"] / ratio for row, ratio in zip(rows, ratios, strict=True))
+    return {"loss": nats / tokens, "bits_per_byte": nats / size if size else 0.0}
 
 
 def _described(row: dict[str, Any], text: str) -> str:

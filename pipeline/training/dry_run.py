@@ -12,7 +12,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config.launcher import launched_rank
 from pipeline.config.ownership import owned
 from pipeline.config.schema import Config
 from pipeline.data.prepared import load_report
@@ -37,10 +36,14 @@ def dry_run(config: Config, train: Callable[..., object]) -> None:
         observe=replace(config.observe, eval_every_steps=None),
     )
     with ExitStack() as ownership:
-        if launched_rank() == 0:
+        launch.join_process_group()
+
+        def own() -> None:
             ownership.enter_context(owned(place, "run_dir"))
             refuse_foreign_run_dir(Path(place))
             shutil.rmtree(place, ignore_errors=True)  # of a dry run that was killed
+
+        collectives.on_rank_0(own)
         _rehearse(config, once, place, train)
 
 

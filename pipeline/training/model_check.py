@@ -20,22 +20,19 @@ LARGEST = 500_000_000
 def check_before_training(config: Config, model: PreTrainedModel) -> None:
     """Refuse a model that is not causal, or whose true gradients `ghost` would not see (`influence.check_model`);
     print which share of the trained parameters is scored. Collective: rank 0 looks, all ranks raise or none does."""
-    trouble, said = "", ""
-    if collectives.rank() == 0:
-        try:
-            said = scored_share(config, model)
-            partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
-            large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
-            looked_at = small_twin(config.model) if large else model
-            refuse_seeing_ahead(looked_at)
-            if config.influence.estimator == "ghost" and config.influence.check_model:
-                check_model(looked_at)
-        except ValueError as error:
-            trouble = str(error)
-    if trouble := collectives.broadcast(trouble):
-        raise ValueError(trouble)
-    if said:
+    if said := collectives.on_rank_0(lambda: _look(config, model)):
         print(said, flush=True)
+
+
+def _look(config: Config, model: PreTrainedModel) -> str:
+    said = scored_share(config, model)
+    partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
+    looked_at = small_twin(config.model) if large else model
+    refuse_seeing_ahead(looked_at)
+    if config.influence.estimator == "ghost" and config.influence.check_model:
+        check_model(looked_at)
+    return said
 
 
 def scored_share(config: Config, model: PreTrainedModel) -> str:

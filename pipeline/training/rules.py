@@ -11,3 +11,28 @@ def check_run(config: Config, settings: dict[str, Any]) -> None:
     """Raises ValueError where the DeepSpeed JSON cannot be used, or does not go with the config."""
     check_config(config, settings)
     check_deepspeed_json(config, settings)
+
+
+def without_effect(config: Config) -> list[str]:
+    """Keys that are set, to another value than their default, and that nothing reads; a sentence each, for people to
+    read before a run."""
+    data, influence, policy = config.data, config.influence, config.policy
+    wants: dict[str, tuple[bool, str]] = {
+        "data.reference_files": (influence.reference == "validation", "influence.reference validation"),
+        "data.max_eval_sequences": (bool(data.eval_files or data.reference_files), "data.eval_files"),
+        "influence.running_decay": (influence.reference == "running", "influence.reference running"),
+        "influence.validation_sequences": (influence.reference == "validation", "influence.reference validation"),
+        "influence.validation_every_steps": (influence.reference == "validation", "influence.reference validation"),
+        "influence.adam_every_steps": (influence.precondition == "adam_state", "influence.precondition adam_state"),
+        "influence.adam_decay": (influence.precondition == "adam_ema", "influence.precondition adam_ema"),
+        "influence.adam_power": (influence.precondition != "none", "influence.precondition"),
+        "policy.threshold": (policy.rule == "threshold", "policy.rule threshold"),
+        "policy.rate": (policy.rule == "rate", "policy.rule rate"),
+    }
+    found = []
+    for key, (read, what) in wants.items():
+        section, name = key.split(".")
+        owner = getattr(config, section)
+        if not read and getattr(owner, name) != type(owner).__dataclass_fields__[name].default:
+            found.append(f"{key} is set, and has no effect without {what}: set that, or leave {key} out")
+    return found

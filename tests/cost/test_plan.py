@@ -328,31 +328,53 @@ def test_adam_states_reading_is_shared_out(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "message", "remedies"),
     [
-        ({"influence__scope": "step"}, "set influence.reference to batch or running, influence.scope to micro_step"),
-        ({"influence__reference": "validation", "data__reference_files": "x"}, "no forward of its own"),
-        ({"data__sequence_length": 65}, "65 is more than the 64 positions"),
-        ({"model__name_or_path": "none.json"}, "model.name_or_path"),
-        ({"influence__estimator": "none"}, "scores nothing"),
+        (
+            {"influence__scope": "step", "influence__passes": "score_first"},
+            "set influence.reference to batch or running, influence.scope to micro_step and influence.passes to one",
+            [{"influence__scope": "micro_step", "influence__passes": "one"}],
+        ),
+        (
+            {"influence__reference": "validation", "data__reference_files": "x"},
+            "no forward of its own: set influence.reference to batch or running",
+            [{"influence__reference": "batch"}, {"influence__reference": "running"}],
+        ),
+        ({"data__sequence_length": 65}, "more than the 64 positions .*; lower it", [{"data__sequence_length": 64}]),
+        ({"model__name_or_path": "none.json"}, "model.name_or_path", [{"model__name_or_path": None}]),
+        (
+            {"influence__estimator": "none"},
+            "scores nothing; choose what to measure, or benchmark.estimators",
+            [{"influence__estimator": "lai"}, {"benchmark__estimators": '["lai"]'}],
+        ),
+        (
+            {"benchmark__estimators": '["ghost/adam"]'},
+            "no 'adam'; there are none, adam_ema, adam_state",
+            [{"benchmark__estimators": '["ghost/adam_state"]'}],
+        ),
     ],
 )
-def test_what_cannot_be_counted_is_refused(tiny_model, tmp_path, options, message):
+def test_what_cannot_be_counted_is_refused_and_each_remedy_is_counted(tiny_model, tmp_path, options, message, remedies):
     with pytest.raises(ValueError, match=message):
         plan(bench(tmp_path, tiny_model("gpt_neo"), **options))
+    for remedy in remedies:
+        mended = {key: value for key, value in (options | remedy).items() if value is not None}
+        assert plan(bench(tmp_path, tiny_model("gpt_neo"), **mended))["estimators"]
 
 
 def test_an_optimizer_that_is_not_known_is_refused(tiny_model, tmp_path):
     config = bench(tmp_path, tiny_model("gpt_neo"))
     other = replace(config, deepspeed_config=str(deepspeed_json(tmp_path / "sgd.json")))
-    with pytest.raises(ValueError, match="not 'SGD'"):
+    with pytest.raises(ValueError, match=r"not 'SGD': choose one of them in .*sgd.json"):
         plan(other)
+    adam = deepspeed_json(tmp_path / "sgd.json", optimizer=ADAM)
+    assert plan(replace(config, deepspeed_config=str(adam)))
 
 
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ("ranks=0", "benchmark.ranks is too small"),
+        ("ranks=0", "benchmark.ranks must be 1 or more, not 0"),
         ("utilization=0", "benchmark.utilization must"),
         ("utilization=2", "benchmark.utilization is a fraction"),
         ("fp32_tflops=-1", "more than 0"),

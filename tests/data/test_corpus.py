@@ -165,6 +165,76 @@ def test_globs_are_sorted_and_sources_keep_their_order(tmp_path):
     assert [d.text for d in read(last_first)] == ["c", "a", "b"]
 
 
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path):
+    """Catches a glob that follows the link until the system gives up: forty copies of every document."""
+    (tmp_path / "d" / "e").mkdir(parents=True)
+    write(tmp_path / "d" / "e" / "a.txt", b"one")
+    (tmp_path / "d" / "e" / "up").symlink_to(tmp_path / "d")
+    assert resolve(str(tmp_path / "d" / "**" / "*.txt")) == [str(tmp_path / "d" / "e" / "a.txt")]
+
+
+@pytest.mark.parametrize("name", ["a b", "a:b", "[1]", "a*b", "ä", "-x"])
+def test_names_with_wildcards_in_them_are_names_where_there_is_such_a_file(tmp_path, name):
+    write(tmp_path / f"{name}.txt", b"one")
+    write(tmp_path / "1.txt", b"two")
+    write(tmp_path / "a2b.txt", b"two")
+    assert [d.text for d in read(tmp_path / f"{name}.txt")] == ["one"]
+
+
+def test_a_bracket_beside_a_wildcard_is_refused_and_the_remedy_works(tmp_path):
+    (tmp_path / "v[1]").mkdir()
+    write(tmp_path / "v[1]" / "a.txt", b"one")
+    with pytest.raises(ValueError, match=r"matches no file .*a bracket of a name is written \[\[\] beside wildcards"):
+        read(tmp_path / "v[1]" / "*.txt")
+    assert [d.text for d in read(tmp_path / "v[[]1]" / "*.txt")] == ["one"]
+
+
+def test_a_link_that_leads_nowhere_is_refused_as_one(tmp_path):
+    (tmp_path / "a.txt").symlink_to(tmp_path / "gone")
+    for files in ("a.txt", "*.txt"):
+        with pytest.raises(ValueError, match=r"a\.txt` (is no file \(a folder, or a link|matches no file)"):
+            read(tmp_path / files)
+    write(tmp_path / "gone", b"one")
+    assert [d.text for d in read(tmp_path / "*.txt")] == ["one"]
+
+
+def test_an_empty_name_of_a_subset_is_none(tmp_path):
+    assert [d.subset for d in read(write(tmp_path / "f.jsonl", record("x", "") + record("y", 0)))] == ["-", "0"]
+
+
+def test_lines_end_at_line_feeds_and_nowhere_else(tmp_path):
+    """Catches str.splitlines, which also splits at U+2028 and U+0085, and carriage returns that stay in the text."""
+    text = "a\u2028b\x85c\x0bd"
+    raw = json.dumps({"text": text}, ensure_ascii=False).encode().replace(b"\x0b", b"\\u000b")
+    found = read(write(tmp_path / "f.jsonl", raw + b"\r\n" + raw + b"\r\n"))
+    assert [(d.text, d.line) for d in found] == [(text, 1), (text, 2)]
+
+
+@pytest.mark.parametrize(
+    ("column", "what"),
+    [
+        (pa.array([None, None], pa.string()), "no text field `text`"),
+        (pa.nulls(2), "no text field `text`"),
+        (pa.array([1, 2]), "text field `text` is not a string"),
+        (pa.array([["a", "b"], ["c"]]), "text field `text` is not a string"),
+        (pa.array(["", " "]), "empty text"),
+    ],
+)
+def test_a_parquet_column_without_text_gives_problems_and_no_documents(tmp_path, column, what):
+    pq.write_table(pa.table({"text": column}), tmp_path / "f.parquet")
+    assert {item.what for item in read(tmp_path / "f.parquet")} == {what}
+    pq.write_table(pa.table({"m": [[{"text": "a"}]]}), tmp_path / "f.parquet")
+    data = DataConfig(prepared_dir="-", text_field="m.text")
+    assert [item.what for item in read(tmp_path / "f.parquet", data)] == ["no text field `m.text`"]
+
+
+def test_skippable_frames_of_a_zst_are_skipped(tmp_path):
+    """pzstd and others write them, before, between and behind what is compressed."""
+    skipped, frame = b"\x50\x2a\x4d\x18\x04\0\0\0abcd", COMPRESS[".jsonl.zst"](record("one"))
+    path = write(tmp_path / "f.jsonl.zst", skipped + frame + skipped + frame + skipped)
+    assert [d.text for d in read(path)] == ["one", "one"]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -172,7 +242,7 @@ def test_globs_are_sorted_and_sources_keep_their_order(tmp_path):
         ("missing/file.jsonl", "matches no file"),
         ("missing", "matches no file"),
         (["builtin", "*.nothing"], "matches no file"),
-        ("tests", "not a file of a known kind"),
+        ("tests", r"is no file \(a folder"),
         ("tests/*.py", "not a file of a known kind"),
         ([], "the list is empty"),
     ],
@@ -205,6 +275,18 @@ def test_a_hub_that_does_not_answer_is_named(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(ValueError, match=r"`owner/name` is no file here.*offline"):
+        read("owner/name")
+
+
+def test_a_hub_that_breaks_off_is_named_and_is_no_end(monkeypatch):
+    """Catches a corpus that is half as long without a word, and a traceback of the network's."""
+
+    def load_dataset(name, **arguments):
+        yield {"text": "one"}
+        raise ConnectionError("reset by peer")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"`owner/name` broke off after 1 records .*check the network"):
         read("owner/name")
 
 

@@ -17,6 +17,7 @@ from pipeline.data.document import Document
 from pipeline.data.fingerprint import Known, fingerprint
 from pipeline.data.prepared import load_report, prepare
 from pipeline.data.problems import Problems
+from pipeline.data.tokenizer import train_tokenizer
 from tests.corpora import make_config, remade, write
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
@@ -138,6 +139,43 @@ def test_utf_16_and_32_are_text_and_not_zeros(tmp_path, encoding, text):
     assert documents([str(tmp_path / "f.parquet")]) == [text]
 
 
+EAST_ASIAN = (
+    "我们今天去公园散步，天气很好。\n明天再来。",
+    "あいうえおかきくけこ",  # each byte of it is ASCII
+    "きょうは、いいてんきですね。さんぽにいきましょう。",
+    "東京は日本の首都です。ＡＢＣと12345",
+    "오늘은 날씨가 좋습니다. 공원에 갑시다.",
+    "mixed 文字 and words, 半分ずつ。",
+)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "gb18030", "shift_jis", "iso2022_jp", "euc_kr"])
+def test_east_asian_text_that_is_no_utf_8_is_never_read_as_something_else(tmp_path, encoding):
+    """Catches bytes that happen to be valid UTF-8: 'あいう' in UTF-16 is 'B0D0F0'."""
+    for whole in EAST_ASIAN:
+        for text in {whole[:length] for length in (8, 9, 16, len(whole))}:
+            try:
+                raw = text.encode(encoding)
+            except UnicodeEncodeError:
+                continue
+            if raw.isascii() and raw.decode() == text:
+                continue
+            (tmp_path / "f.txt").write_bytes(raw)
+            pq.write_table(pa.table({"text": [raw]}), tmp_path / "f.parquet")
+            for name in ("f.txt", "f.parquet"):
+                [found] = read_documents(str(tmp_path / name), DataConfig(prepared_dir="-"), "train")
+                assert getattr(found, "text", text) == text
+    (tmp_path / "f.txt").write_text(whole)
+    assert documents([str(tmp_path / "f.txt")]) == [whole]
+
+
+@pytest.mark.parametrize("text", ["two\n", "word", "Bush hid the facts", "10203040", "a0b1c2d3", "\x1b[31mred\x1b[0m"])
+def test_short_text_that_could_be_utf_16_is_what_it_is_in_ascii(tmp_path, text):
+    """Catches a guess at UTF-16 that takes pairs of letters for ideographs."""
+    (tmp_path / "f.txt").write_text(text)
+    assert documents([str(tmp_path / "f.txt")]) == [text]
+
+
 def test_what_no_encoding_explains_is_a_problem_and_no_text(tmp_path):
     (tmp_path / "a.txt").write_bytes(bytes(range(32)) * 50)
     [problem] = read_documents(str(tmp_path / "a.txt"), DataConfig(prepared_dir="-"), "train")
@@ -191,3 +229,24 @@ def test_a_file_that_is_known_is_not_read_again(tmp_path, monkeypatch):
     before = fingerprint(config, None, known)
     monkeypatch.setattr("pipeline.data.fingerprint.open", lambda *_: pytest.fail("read again"), raising=False)
     assert fingerprint(config, None, Known(known.files, before)) == before
+
+
+def test_a_file_that_is_written_to_while_it_is_read_is_refused_and_again_is_fine(tmp_path, monkeypatch):
+    """Catches rows of one content under the fingerprint of another."""
+    config = make_config(tmp_path, "train", write(tmp_path / "f.jsonl", 20))
+    written = Path(config.data.train_files)
+    whole = written.read_text()
+
+    def train_and_write(*arguments):
+        tokenizer = train_tokenizer(*arguments)
+        written.write_text(whole + whole)
+        return tokenizer
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.data.prepared.train_tokenizer", train_and_write)
+        with pytest.raises(ValueError, match=r"f\.jsonl was written to while it was read"):
+            prepare(config)
+    assert not (tmp_path / "prepared").exists()
+    written.write_text(whole + whole)
+    prepare(config)
+    assert load_report(tmp_path / "prepared")["train"]["documents"] == 40

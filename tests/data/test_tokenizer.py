@@ -51,7 +51,7 @@ def test_tokenizers_that_cannot_serve_are_refused_with_a_remedy(tmp_path):
     for model, message in [
         (ModelConfig(str(tmp_path / "model.json")), "set model.tokenizer to a hub id"),
         (ModelConfig(str(tmp_path), "train"), r"takes its vocabulary size from a model config \(\*\.json\)"),
-        (ModelConfig(str(tmp_path / "tiny.json"), "train"), "needs at least 257"),
+        (ModelConfig(str(tmp_path / "tiny.json"), "train"), "raise it to 257 at least"),
         (ModelConfig("x", str(tmp_path / "no_eos")), "has no eos token"),
         (ModelConfig("x", str(tmp_path)), "no tokenizer can be loaded"),
     ]:

@@ -7,7 +7,9 @@ import datasets
 import pytest
 import torch
 
+from pipeline.config.cli import to_yaml
 from pipeline.data.prepared import load_report, load_split
+from pipeline.evaluate import main
 from pipeline.training.evaluation import evaluate
 from tests.launcher import deepspeed
 from tests.runs import ADAM, config_of, deepspeed_json, run
@@ -74,6 +76,15 @@ def test_two_ranks_share_the_rows_and_get_the_figures_of_one(ranks):
     both = ranks(on_a_rank)
     assert both[0] == both[1]
     assert both[0]["all"] == pytest.approx(alone["all"])
+
+
+def test_the_command_without_held_out_files_is_refused(corpus, tiny_model, tmp_path, capsys):
+    config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed_json(tmp_path / "ds.json"))
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    with pytest.raises(SystemExit) as stopped:
+        main(["--config", str(tmp_path / "c.yaml")])
+    assert stopped.value.code == 2
+    assert "data.eval_files is not set, so there is nothing to evaluate on; set it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -344,6 +344,7 @@ def test_checkpoints_beyond_keep_are_removed_and_a_foreign_one_is_refused(ranks,
         with pytest.raises(AssertionError, match="SystemExit: 2") as refused:
             ranks(run, config_of(corpus, run_dir, model, deepspeed, max_steps=4, resume="auto", **change))
         assert message in str(refused.value)
+    ranks(run, config_of(corpus, run_dir, model, deepspeed, max_steps=4, resume="auto"))  # its own, given back
 
 
 def test_a_new_run_moves_an_earlier_one_aside(ranks, corpus, tiny_model, tmp_path):

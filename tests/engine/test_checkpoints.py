@@ -1,11 +1,15 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import damage_of, find_checkpoint, identity_of, publish
+from pipeline.models.load import load_model
 from pipeline.record import ledger
+from pipeline.training.dry_run import _report
 from tests.runs import config_of, deepspeed_json, largest_difference, run, weights
 
 
@@ -71,17 +75,51 @@ def test_no_whole_checkpoint_is_an_error_and_not_a_new_start(three_checkpoints, 
     shutil.copytree(config.run_dir, tmp_path / "run")
     for checkpoint in (tmp_path / "run" / "checkpoints").glob("step-*"):
         truncate(checkpoint)
-    with pytest.raises(ValueError, match=r"none of the checkpoints .* is whole"):
+    with pytest.raises(ValueError, match=r"none of the checkpoints .* is whole; start anew with --resume none"):
         find_checkpoint(copy_of(tmp_path / "run"))
+    assert find_checkpoint(replace(config, resume="none")) is None
 
 
 def test_a_named_checkpoint_that_is_damaged_is_refused_and_none_before_it_is_taken(three_checkpoints, tmp_path):
     config, _ = three_checkpoints
     shutil.copytree(config.run_dir, tmp_path / "run")
     flip_a_byte(tmp_path / "run" / "checkpoints" / "step-2")
-    with pytest.raises(ValueError, match="step-2 cannot be used"):
-        find_checkpoint(replace(config, resume=str(tmp_path / "run" / "checkpoints" / "step-2")))
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with pytest.raises(ValueError, match=r"step-2 cannot be used: .*; name another checkpoint, or auto"):
+        find_checkpoint(replace(config, resume=str(checkpoints / "step-2")))
+    assert find_checkpoint(replace(config, resume=str(checkpoints / "step-1"))) == checkpoints / "step-1"
+    again = replace(config, run_dir=str(tmp_path / "run"), resume="auto")
+    assert find_checkpoint(again) == checkpoints / "step-3"
     assert find_checkpoint(replace(config, run_dir=str(tmp_path / "nothing"), resume="auto")) is None
+
+
+def test_a_directory_without_checkpoints_is_refused_and_what_is_asked_for_is_found(three_checkpoints, tmp_path):
+    config, _ = three_checkpoints
+    with pytest.raises(ValueError, match="holds no checkpoint; give RUN_DIR/checkpoints/step-N, or auto"):
+        find_checkpoint(replace(config, resume=str(tmp_path)))
+    for resume in ("auto", f"{config.run_dir}/checkpoints/step-3", f"{config.run_dir}/checkpoints"):
+        found = find_checkpoint(replace(config, resume=resume))
+        assert found == Path(config.run_dir, "checkpoints", "step-3")
+
+
+def test_weights_of_another_model_are_refused_and_those_of_the_named_one_are_loaded(three_checkpoints, tiny_model):
+    config, _ = three_checkpoints
+    checkpoint = Path(config.run_dir, "checkpoints", "step-3")
+    with pytest.raises(ValueError, match=r"Name the one that it was trained from in model.name_or_path, or another"):
+        load_weights(load_model(replace(config.model, name_or_path=str(tiny_model("gpt2"))), 0), checkpoint)
+    load_weights(load_model(config.model, 0), checkpoint)
+
+
+def test_a_dry_run_says_that_the_disk_is_too_small_and_fewer_checkpoints_fit(three_checkpoints, monkeypatch, capsys):
+    config, _ = three_checkpoints
+    size = sum(path.stat().st_size for path in Path(config.run_dir, "checkpoints", "step-3").rglob("*"))
+    free = SimpleNamespace(free=size * 3)
+    monkeypatch.setattr("pipeline.training.dry_run.shutil.disk_usage", lambda _: free)
+    with pytest.raises(ValueError, match=r"make room, lower checkpoint.keep, or choose another run_dir"):
+        _report(config, Path(config.run_dir), [1.0], [1.0, 1.0])
+    _report(replace(config, checkpoint=replace(config.checkpoint, keep=1)), Path(config.run_dir), [1.0], [1.0, 1.0])
+    free.free *= 2
+    _report(config, Path(config.run_dir), [1.0], [1.0, 1.0])
 
 
 @pytest.mark.parametrize("name", ["latest", "step-2/manifest.json"])

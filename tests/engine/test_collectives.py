@@ -1,3 +1,5 @@
+import time
+
 import pytest
 import torch
 
@@ -31,4 +33,44 @@ def from_rank_0() -> tuple[object, float]:
 
 
 def test_broadcast_is_rank_0s_and_the_sum_is_over_all(ranks):
+    assert ranks(from_rank_0) == [({"rank": 0}, 3.0)] * 2
+
+
+def slow_work() -> tuple[int | None, float]:
+    collectives.BEAT = 0.05
+
+    def work() -> int:
+        time.sleep(0.3)
+        return 10 + collectives.rank()
+
+    return collectives.on_rank_0(work), float(collectives.all_reduce_sum(torch.tensor(1.0)))
+
+
+def test_rank_0_may_take_many_beats_and_all_ranks_are_in_step_afterwards(ranks):
+    """Catches a single long wait, and ranks that count the beats differently."""
+    assert ranks(slow_work) == [(10, 2.0), (None, 2.0)]
+
+
+def failing_work(error: BaseException) -> str:
+    def work() -> None:
+        raise error
+
+    try:
+        collectives.on_rank_0(work)
+    except BaseException as raised:
+        return f"{type(raised).__name__}: {raised}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("error", "first", "second"),
+    [
+        (ValueError("data: none"), "ValueError: data: none", "ValueError: data: none"),
+        (RuntimeError("boom"), "RuntimeError: boom", "ValueError: rank 0 failed: RuntimeError: boom"),
+        (SystemExit(2), "SystemExit: 2", "ValueError: rank 0 failed: SystemExit: 2"),
+    ],
+)
+def test_whatever_rank_0_fails_with_reaches_all_ranks(ranks, error, first, second):
+    """Catches ranks that wait for one that has ended: for minutes, or for ever."""
+    assert ranks(failing_work, error) == [first, second]
     assert ranks(from_rank_0) == [({"rank": 0}, 3.0)] * 2

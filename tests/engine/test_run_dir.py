@@ -8,8 +8,8 @@ import pytest
 from pipeline.config.cli import to_yaml
 from pipeline.config.ownership import lock_of
 from pipeline.engine.checkpoints import checkpoints_of, move_aside, refuse_foreign_run_dir
-from pipeline.train import main, train
-from tests.runs import config_of, deepspeed_json
+from pipeline.train import main
+from tests.runs import config_of, deepspeed_json, refusal_of, run
 
 CONFIG = "run_dir: r\ndeepspeed_config: d\nmodel: {}\ndata: {}\n"
 
@@ -27,9 +27,20 @@ def test_a_directory_that_no_run_made_is_refused_and_stays(tmp_path, files):
     for name, text in files.items():
         (tmp_path / "run" / name).write_text(text)
     for refuse in (refuse_foreign_run_dir, move_aside):
-        with pytest.raises(ValueError, match="was not made by an earlier run"):
+        with pytest.raises(ValueError, match=r"was not made by an earlier run. Choose another run_dir, or empty this"):
             refuse(tmp_path / "run")
     assert {path.name for path in (tmp_path / "run").iterdir()} == set(files)
+    refuse_foreign_run_dir(tmp_path / "another")
+    for name in files:
+        (tmp_path / "run" / name).unlink()
+    move_aside(tmp_path / "run")
+
+
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "run").write_text("ten years")
+    with pytest.raises(ValueError, match="is a file; choose another directory"):
+        refuse_foreign_run_dir(tmp_path / "run")
+    refuse_foreign_run_dir(tmp_path / "another")
 
 
 @pytest.mark.parametrize("files", [{"config.yaml": CONFIG, "notes.md": ""}, {"plan.json": "{}"}])
@@ -60,29 +71,28 @@ def test_a_second_training_is_refused_and_the_first_ones_directory_untouched(
     corpus,
     tiny_model,
     other,
-    capsys,
+    ranks,
 ):
-    """Catches a new launch that moves a living run away, and a resume that writes into its ledger."""
+    """Catches a new launch that moves a living run away, a resume that writes into its ledger, and ranks that wait for
+    rank 0, which has ended."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text(CONFIG)
     deepspeed = deepspeed_json(tmp_path / "ds.json")
     for resume in ("none", "auto"):
-        with pytest.raises(SystemExit) as stopped:
-            train(config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed, resume=resume))
-        assert stopped.value.code == 2
-        assert f"in use by process {other.pid}" in capsys.readouterr().err
+        config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed, resume=resume)
+        for refusal in ranks(refusal_of, run, config):
+            assert f"in use by process {other.pid}" in refusal
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["config.yaml"]
 
 
-def test_a_dry_run_deletes_nobodys_directory(tmp_path, corpus, tiny_model, capsys):
+def test_a_dry_run_deletes_nobodys_directory(tmp_path, corpus, tiny_model, ranks):
     (tmp_path / "run.dry_run").mkdir()
     (tmp_path / "run.dry_run" / "thesis.tex").write_text("ten years")
     deepspeed = deepspeed_json(tmp_path / "ds.json")
     config = config_of(corpus, tmp_path / "run", tiny_model("llama"), deepspeed, dry_run="true")
     (tmp_path / "c.yaml").write_text(to_yaml(config))
-    with pytest.raises(SystemExit):
-        main(["--config", str(tmp_path / "c.yaml")])
-    assert "thesis.tex" in capsys.readouterr().err
+    for refusal in ranks(refusal_of, main, ["--config", str(tmp_path / "c.yaml")]):
+        assert "thesis.tex" in refusal
     assert (tmp_path / "run.dry_run" / "thesis.tex").read_text() == "ten years"
 
 

@@ -247,7 +247,7 @@ def test_a_checkpoint_that_is_not_there_is_named(adam_run):
         ({"fidelity__estimators": "[lai,magic]"}, "fidelity.estimators: 'magic' is none of"),
         ({"fidelity__references": "[]"}, "fidelity.references is empty"),
         ({"fidelity__references": "[exact]", "fidelity__exact": "false"}, "set fidelity.exact to true"),
-        ({"fidelity__batch_size": 2}, "fidelity.batch_size is too small"),
+        ({"fidelity__batch_size": 2}, "fidelity.batch_size must be"),
         ({"fidelity__standard_error": -1}, "fidelity.standard_error must be"),
     ],
 )

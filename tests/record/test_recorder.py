@@ -1,9 +1,11 @@
 """TensorBoard files and the summary, read back as a person's browser would."""
 
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -272,3 +274,33 @@ def test_every_chart_of_the_layout_has_a_tag_and_no_tag_is_a_regular_expression_
             assert any(re.search(pattern, tag) for pattern in chart.multiline.tag for tag in tags), chart.title
     by_subset = [tag for tag in made_up.Tags()["scalars"] if tag.startswith("influence/removed_by_subset/")]
     assert len(by_subset) == len(names), "subsets that share a curve"
+
+
+def test_held_out_subsets_beyond_those_with_curves_are_one_curve(tmp_path):
+    """Catches a rest that is thrown away, a mean over subsets instead of tokens (or bytes), and two curves in one."""
+    random = np.random.default_rng(0)
+    figures, nats, size = {}, {}, {}
+    for name in [f"s{number:02}" for number in range(60)] + ["other", "all"]:
+        tokens, loss, bytes_per_token = int(random.integers(1, 1000)), random.random(), 1 + random.random()
+        nats[name], size[name] = loss * tokens, bytes_per_token * tokens
+        figures[name] = {"loss": loss, "tokens": tokens, "bits_per_byte": loss / math.log(2) / bytes_per_token}
+    board = TensorBoard(tmp_path, 0, ledger.SCHEMA.empty_table(), ["s59", "s00", "all", "only in training"])
+    board.evaluation({"all": {"loss": 9.0, "bits_per_byte": 8.0}, "subsets": figures}, 5)
+    board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"), {"scalars": 0}).Reload()
+    shown = {tag.removeprefix("validation/loss/") for tag in events.Tags()["scalars"] if "/loss/" in tag}
+    own = shown - {"all", "other"}
+    assert len(own) == SHOWN_SUBSETS
+    assert {"s00", "s59"} <= own
+    rest = figures.keys() - own
+    assert min(figures[name]["tokens"] for name in own - {"s00", "s59"}) >= max(
+        figures[name]["tokens"] for name in rest - {"other", "all"}
+    )
+    expected = {
+        "loss/other": sum(nats[name] for name in rest) / sum(figures[name]["tokens"] for name in rest),
+        "bits_per_byte/other": sum(nats[name] for name in rest) / math.log(2) / sum(size[name] for name in rest),
+        "loss/all": 9.0,
+    }
+    for tag, value in expected.items():
+        [event] = events.Scalars(f"validation/{tag}")
+        assert event.value == pytest.approx(value, rel=1e-5)
