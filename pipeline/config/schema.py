@@ -22,6 +22,9 @@ class ModelConfig:
     tokenizer: str | None = None
     """Hub id or local directory of the tokenizer; `train` trains a byte-level BPE of the model's vocabulary size on
     the training files. Default: the one that belongs to `name_or_path`."""
+    trainable: str | list[str] | None = None
+    """Which parameters are trained: a pattern or several of their names, `*` for any characters (`*.layers.3.*`,
+    `*norm*`). All others are frozen: they get no gradient and are in no score. Default: all are trained."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
     allow_missing: bool = False

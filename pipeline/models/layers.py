@@ -1,7 +1,7 @@
 """All weight matrices of a model at work, and which trained weights are none."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -17,20 +17,25 @@ from pipeline.models.layer import Embedding, Layer, TransposedLayer, shape_of
 
 @dataclass(frozen=True)
 class Layers:
-    """All trained weight matrices of a causal LM."""
+    """All trained weight matrices of a causal LM. What is frozen takes no part in any score."""
 
     linear: Mapping[str, Layer]
     """By module name, in the model's own order, the LM head, routers and experts (as one layer each) among them."""
     head: Layer
     words: Embedding
+    """These two whether they are trained or not."""
     left_out: Mapping[str, str]
     """Trained parameters that are in no score, and by which rule."""
 
     @property
     def weights(self) -> set[str]:
         """Names of all parameters that are scored, by an estimator that scores all it can."""
-        experts = {layer.down for layer in self.linear.values() if isinstance(layer, Experts)}
-        return {layer.weight for layer in (*self.linear.values(), self.words)} | experts
+        words = {self.words.weight} if self.words.trained else set()
+        return self.linear_weights | words
+
+    @property
+    def linear_weights(self) -> set[str]:
+        return _weights_of(self.linear.values())
 
     @property
     def body(self) -> Mapping[str, Layer]:
@@ -49,13 +54,14 @@ def layers_of(model: PreTrainedModel) -> Layers:
     """Every trained parameter accounted for: scored as a `Layer`, or left out by a stated rule.
 
     Raises ValueError, naming them, for weights that are neither (experts and routers kept as bare parameters,
-    other convolutions), and for a model without a linear LM head or a word embedding.
+    other convolutions), and for a model without a linear LM head or a word embedding, or that trains neither a linear
+    layer nor the word embedding.
     """
     names = _parameter_names(model)
-    linear = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module, names))}
+    every = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module, names))}
+    linear = {name: layer for name, layer in every.items() if layer.trained}
     words = words_of(model)
-    scored = {layer.weight for layer in (*linear.values(), words)}
-    scored |= {layer.down for layer in linear.values() if isinstance(layer, Experts)}
+    scored = _weights_of([*linear.values(), words])
     others = {
         names[id(module.weight)]
         for name, module in model.named_modules()
@@ -81,7 +87,18 @@ def layers_of(model: PreTrainedModel) -> Layers:
             unknown[name] = shape
     if unknown:
         raise ValueError(_unscored(model, unknown))
-    return Layers(linear, head_of(model), words, left_out)
+    layers = Layers(linear, head_of(model), words, left_out)
+    if not layers.weights:
+        raise ValueError(
+            "nothing that is trained could be scored: no linear layer and no word embedding is among it. Train one of "
+            "them too (model.trainable), or choose influence.estimator loss, random or none"
+        )
+    return layers
+
+
+def _weights_of(layers: Iterable[Layer]) -> set[str]:
+    layers = list(layers)
+    return {layer.weight for layer in layers} | {layer.down for layer in layers if isinstance(layer, Experts)}
 
 
 def _is_linear(module: nn.Module) -> bool:

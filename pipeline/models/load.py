@@ -12,11 +12,13 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from pipeline.config.schema import ModelConfig
+from pipeline.models.trainable import freeze_alike, freeze_all_but
 from pipeline.models.weights import check_weights
 
 
 def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The model in float32 (DeepSpeed casts it), in training mode; partitioned from the start under ZeRO-3.
+    """The model in float32 (DeepSpeed casts it), in training mode, frozen but for `trainable`; partitioned from the
+    start under ZeRO-3.
 
     `name_or_path` is a hub id or a directory with weights, or a `*.json` model config: then the weights are random,
     from `seed`. Raises ValueError where there is no such model, or its weights are not all there.
@@ -38,6 +40,13 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     except (OSError, ValueError) as error:
         raise _no_model(config, error) from error
     del zero3
+    return _for_training(model, config)
+
+
+def _for_training(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+    """What `config` has done to a model that is loaded."""
+    if config.trainable is not None:
+        freeze_all_but(model, [config.trainable] if isinstance(config.trainable, str) else config.trainable)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     return model.train()
@@ -54,14 +63,19 @@ def model_without_weights(config: ModelConfig, dtype: torch.dtype) -> PreTrained
     except (OSError, ValueError) as error:
         raise _no_model(config, error) from error
     model.tie_weights()
-    if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    return _for_training(model, config)
 
 
-def small_twin(config: ModelConfig) -> PreTrainedModel:
-    """A model of the same architecture with random weights, whole in float32 on the CPU, of two blocks where its config
-    can be cut so far; for what depends on the architecture only. Not while ZeRO-3 partitions what is made."""
+def small_twin(config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
+    """A model of `model`'s architecture with random weights, whole in float32 on the CPU, of two blocks where its
+    config can be cut so far, frozen where `model` is; for what depends on the architecture only. Not while ZeRO-3
+    partitions what is made."""
+    twin = _small(config)
+    freeze_alike(twin, model)
+    return twin.train()
+
+
+def _small(config: ModelConfig) -> PreTrainedModel:
     name = config.name_or_path
     settings = AutoConfig.for_model(**json.loads(Path(name).read_text())) if name.endswith(".json") else None
     settings = settings or AutoConfig.from_pretrained(name)
@@ -72,9 +86,9 @@ def small_twin(config: ModelConfig) -> PreTrainedModel:
             if isinstance(value, list) and len(value) == blocks:
                 setattr(settings, key, value[:_TWIN_BLOCKS])
         settings.num_hidden_layers = min(blocks, _TWIN_BLOCKS)
-        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32)
     except (AttributeError, ValueError, TypeError, IndexError, AssertionError):
-        return AutoModelForCausalLM.from_config(whole, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(whole, dtype=torch.float32)
 
 
 _TWIN_BLOCKS = 2

@@ -26,7 +26,7 @@ def check_before_training(config: Config, model: PreTrainedModel) -> None:
             said = scored_share(config, model)
             partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
             large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
-            looked_at = small_twin(config.model) if large else model
+            looked_at = small_twin(config.model, model) if large else model
             refuse_seeing_ahead(looked_at)
             if config.influence.estimator == "ghost" and config.influence.check_model:
                 check_model(looked_at)
@@ -47,7 +47,7 @@ def scored_share(config: Config, model: PreTrainedModel) -> str:
     if name == "lli":
         return f"influence: lli reads the LM head's input; the model trains {sum(sizes.values()):,} parameters"
     layers = layers_of(model)
-    scored = layers.weights if name != "lai" else layers.weights - {layers.words.weight} | {layers.head.weight}
+    scored = layers.weights if name != "lai" else layers.linear_weights
     left = Counter[str]()
     for parameter, size in sizes.items():
         if parameter not in scored:
@@ -55,8 +55,11 @@ def scored_share(config: Config, model: PreTrainedModel) -> str:
     every = sum(sizes.values())
     parts = ", ".join(f"{rule} {size / every:.1%}" for rule, size in left.most_common())
     share = sum(sizes[parameter] for parameter in scored if parameter in sizes) / every
-    return f"influence: {name} scores {share:.1%} of {every:,} trained parameters" + (
-        f"; left out: {parts}" if parts else ""
+    frozen = sum(_numbers(p) for p in model.parameters() if not p.requires_grad)
+    return (
+        f"influence: {name} scores {share:.1%} of {every:,} trained parameters"
+        + (f" ({frozen:,} are frozen)" if frozen else "")
+        + (f"; left out: {parts}" if parts else "")
     )
 
 
