@@ -25,6 +25,10 @@ class ModelConfig:
     trainable: str | list[str] | None = None
     """Which parameters are trained: a pattern or several of their names, `*` for any characters (`*.layers.3.*`,
     `*norm*`). All others are frozen: they get no gradient and are in no score. Default: all are trained."""
+    peft: str | None = None
+    """A config of the peft library (`adapter_config.json`, or a directory with one): its adapters are added and
+    trained, and all else is frozen. Adapter weights in the directory are gone on from. RUN_DIR/model then holds the
+    adapter. Default: none."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
     allow_missing: bool = False
@@ -32,7 +36,12 @@ class ModelConfig:
     that the model has no place for. Default: refuse, and name them."""
 
     def __post_init__(self) -> None:
-        expand(self, "name_or_path", "tokenizer")
+        expand(self, "name_or_path", "tokenizer", "peft")
+        if self.peft is not None and self.trainable is not None:
+            raise ValueError(
+                "model.peft says what is trained, its adapters (and its config's modules_to_save): leave out "
+                "model.trainable"
+            )
 
 
 @dataclass(frozen=True)

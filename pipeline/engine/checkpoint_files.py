@@ -132,7 +132,10 @@ def checkpoint_position(checkpoint: Path) -> int:
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Raises ValueError where the weights in `checkpoint` are not this model's; tied ones may be there once."""
-    missing, unexpected = model.load_state_dict(checkpoint_files.checkpoint_weights(checkpoint), strict=False)
-    left = sorted(set(missing) - set(model.all_tied_weights_keys)) + unexpected
+    weights = checkpoint_files.checkpoint_weights(checkpoint)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in named.items() if name in weights}
+    left = [name for name in missing if name not in named or id(named[name]) not in loaded] + unexpected
     if left:
         raise ValueError(f"{checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}")

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.models.adapters import at_work, refuse_unknown_adapters
 from pipeline.models.experts import Experts, Router, experts_of, is_experts
 from pipeline.models.layer import Embedding, Layer, TransposedLayer, shape_of
 
@@ -54,9 +55,10 @@ def layers_of(model: PreTrainedModel) -> Layers:
     """Every trained parameter accounted for: scored as a `Layer`, or left out by a stated rule.
 
     Raises ValueError, naming them, for weights that are neither (experts and routers kept as bare parameters,
-    other convolutions), and for a model without a linear LM head or a word embedding, or that trains neither a linear
-    layer nor the word embedding.
+    other convolutions, adapters that are no plain LoRA), and for a model without a linear LM head or a word embedding,
+    or that trains neither a linear layer nor the word embedding.
     """
+    refuse_unknown_adapters(model)
     names = _parameter_names(model)
     every = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module, names))}
     linear = {name: layer for name, layer in every.items() if layer.trained}
@@ -122,7 +124,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def head_of(model: PreTrainedModel) -> Layer:
     """The LM head. Raises ValueError where the model has none."""
-    head = model.get_output_embeddings()
+    head = at_work(model.get_output_embeddings())
     for name, module in model.named_modules():
         if module is head and _is_linear(module):
             return _linear(name, module, _parameter_names(model))
@@ -131,7 +133,7 @@ def head_of(model: PreTrainedModel) -> Layer:
 
 def words_of(model: PreTrainedModel) -> Embedding:
     """The word embedding."""
-    words = model.get_input_embeddings()
+    words = at_work(model.get_input_embeddings())
     name = next(name for name, module in model.named_modules() if module is words)
     vocabulary, width = shape_of(words.weight)
     return Embedding(name, words, _parameter_names(model)[id(words.weight)], width, vocabulary)
@@ -168,6 +170,6 @@ def _unscored(model: PreTrainedModel, unknown: Mapping[str, tuple[int, ...]]) ->
     shown += ", ..." if len(unknown) > 4 else ""
     return (
         f"{type(model).__name__} trains {len(unknown)} weights, {share:.0%} of its parameters, that are no linear "
-        f"layer and no embedding, so a score would leave them out: {shown}. Choose "
+        f"layer and no embedding, so a score would leave them out: {shown}. Freeze them (model.trainable), or choose "
         "influence.estimator lli, which claims the LM head only, or loss, random or none"
     )

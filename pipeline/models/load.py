@@ -12,13 +12,14 @@ from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
 from pipeline.config.schema import ModelConfig
+from pipeline.models.adapters import add_adapter, add_alike
 from pipeline.models.trainable import freeze_alike, freeze_all_but
 from pipeline.models.weights import check_weights
 
 
 def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The model in float32 (DeepSpeed casts it), in training mode, frozen but for `trainable`; partitioned from the
-    start under ZeRO-3.
+    """The model in float32 (DeepSpeed casts it), in training mode, with an adapter and frozen as `config` says;
+    partitioned from the start under ZeRO-3.
 
     `name_or_path` is a hub id or a directory with weights, or a `*.json` model config: then the weights are random,
     from `seed`. Raises ValueError where there is no such model, or its weights are not all there.
@@ -40,15 +41,17 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     except (OSError, ValueError) as error:
         raise _no_model(config, error) from error
     del zero3
-    return _for_training(model, config)
+    return _for_training(model, config, seed)
 
 
-def _for_training(model: PreTrainedModel, config: ModelConfig) -> PreTrainedModel:
+def _for_training(model: PreTrainedModel, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
     """What `config` has done to a model that is loaded."""
     if config.trainable is not None:
         freeze_all_but(model, [config.trainable] if isinstance(config.trainable, str) else config.trainable)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.peft is not None:
+        add_adapter(model, config.peft, seed)
     return model.train()
 
 
@@ -68,9 +71,11 @@ def model_without_weights(config: ModelConfig, dtype: torch.dtype) -> PreTrained
 
 def small_twin(config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
     """A model of `model`'s architecture with random weights, whole in float32 on the CPU, of two blocks where its
-    config can be cut so far, frozen where `model` is; for what depends on the architecture only. Not while ZeRO-3
-    partitions what is made."""
+    config can be cut so far, with adapters and frozen where `model` is; for what depends on the architecture only. Not
+    while ZeRO-3 partitions what is made."""
     twin = _small(config)
+    if config.peft is not None:
+        add_alike(twin, model, config.peft)
     freeze_alike(twin, model)
     return twin.train()
 

@@ -1,11 +1,12 @@
 """Which parameters of a model are trained."""
 
 import difflib
-import re
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 
 from torch import nn
+
+from pipeline.models.adapters import without_numbers
 
 
 def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
@@ -16,8 +17,8 @@ def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
     for pattern in patterns:
         matched = [parameter for name, parameter in named.items() if fnmatchcase(name, pattern)]
         if not matched:
-            known = dict.fromkeys(_without_numbers(name) for name in named)
-            near = difflib.get_close_matches(_without_numbers(pattern), known, n=4, cutoff=0) or list(known)[:4]
+            known = dict.fromkeys(without_numbers(name) for name in named)
+            near = difflib.get_close_matches(without_numbers(pattern), known, n=4, cutoff=0) or list(known)[:4]
             raise ValueError(
                 f"model.trainable: no parameter's name matches '{pattern}' (* stands for any characters); near it are "
                 f"{', '.join(near)}"
@@ -29,11 +30,6 @@ def freeze_all_but(model: nn.Module, patterns: Iterable[str]) -> None:
 
 def freeze_alike(twin: nn.Module, model: nn.Module) -> None:
     """Of `twin`, a model of fewer blocks, train what is trained in any block of `model`."""
-    trained = {_without_numbers(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {without_numbers(name) for name, parameter in model.named_parameters() if parameter.requires_grad}
     for name, parameter in twin.named_parameters():
-        parameter.requires_grad_(_without_numbers(name) in trained)
-
-
-def _without_numbers(name: str) -> str:
-    """The same for all blocks."""
-    return re.sub(r"\.\d+\.", ".*.", name)
+        parameter.requires_grad_(without_numbers(name) in trained)
