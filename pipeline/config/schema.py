@@ -29,6 +29,8 @@ class ModelConfig:
     """A config of the peft library (`adapter_config.json`, or a directory with one): its adapters are added and
     trained, and all else is frozen. Adapter weights in the directory are gone on from. RUN_DIR/model then holds the
     adapter. Default: none."""
+    dropout: float | None = None
+    """Every dropout rate of the model, 0 to 1; 0 for scores, and a loss, without noise. Default: the model's own."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
     allow_missing: bool = False
@@ -37,6 +39,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         expand(self, "name_or_path", "tokenizer", "peft")
+        if self.dropout is not None:
+            fractions({"model.dropout": self.dropout})
         if self.peft is not None and self.trainable is not None:
             raise ValueError(
                 "model.peft says what is trained, its adapters (and its config's modules_to_save): leave out "

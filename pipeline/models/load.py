@@ -13,6 +13,7 @@ from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enab
 
 from pipeline.config.schema import ModelConfig
 from pipeline.models.adapters import add_adapter, add_alike
+from pipeline.models.dropout import set_dropout
 from pipeline.models.trainable import freeze_alike, freeze_all_but
 from pipeline.models.weights import check_weights
 
@@ -52,6 +53,8 @@ def _for_training(model: PreTrainedModel, config: ModelConfig, seed: int = 0) ->
         model.activation_checkpointing_enable({"use_reentrant": False})
     if config.peft is not None:
         add_adapter(model, config.peft, seed)
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
     return model.train()
 
 

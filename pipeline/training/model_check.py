@@ -9,6 +9,7 @@ from pipeline.config.schema import Config
 from pipeline.engine import collectives
 from pipeline.influence.check_model import check_model, refuse_seeing_ahead
 from pipeline.influence.table import CONTROLS
+from pipeline.models.dropout import noisy_forward
 from pipeline.models.layer import shape_of
 from pipeline.models.layers import layers_of
 from pipeline.models.load import small_twin
@@ -19,11 +20,11 @@ LARGEST = 500_000_000
 
 def check_before_training(config: Config, model: PreTrainedModel) -> None:
     """Refuse a model that is not causal, or whose true gradients `ghost` would not see (`influence.check_model`);
-    print which share of the trained parameters is scored. Collective: rank 0 looks, all ranks raise or none does."""
+    print which share of the trained parameters is scored, and whether dropout is active. Collective: rank 0 looks, all ranks raise or none does."""
     trouble, said = "", ""
     if collectives.rank() == 0:
         try:
-            said = scored_share(config, model)
+            said = "\n".join(filter(None, (scored_share(config, model), noisy_forward(model))))
             partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
             large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
             looked_at = small_twin(config.model, model) if large else model
