@@ -17,8 +17,8 @@ BUILTIN = "builtin"
 @dataclass(frozen=True)
 class ModelConfig:
     name_or_path: str
-    """The causal LM: a hub id or a local directory to continue from, or a model config (`*.json`) to start from
-    scratch."""
+    """The causal LM: a hub id, a local directory or a GGUF file (`*.gguf`) to continue from, or a model config
+    (`*.json`) to start from scratch."""
     tokenizer: str | None = None
     """Hub id or local directory of the tokenizer; `train` trains a byte-level BPE of the model's vocabulary size on
     the training files. Default: the one that belongs to `name_or_path`."""
@@ -29,6 +29,9 @@ class ModelConfig:
     """A config of the peft library (`adapter_config.json`, or a directory with one): its adapters are added and
     trained, and all else is frozen. Adapter weights in the directory are gone on from. RUN_DIR/model then holds the
     adapter. Default: none."""
+    attn_implementation: str | None = None
+    """How attention is computed: eager, sdpa, flash_attention_2 or another of transformers' names. Default: the best
+    that transformers finds for the model."""
     dropout: float | None = None
     """Every dropout rate of the model, 0 to 1; 0 for scores, and a loss, without noise. Default: the model's own."""
     activation_checkpointing: bool = False

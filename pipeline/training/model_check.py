@@ -20,7 +20,8 @@ LARGEST = 500_000_000
 
 def check_before_training(config: Config, model: PreTrainedModel) -> None:
     """Refuse a model that is not causal, or whose true gradients `ghost` would not see (`influence.check_model`);
-    print which share of the trained parameters is scored, and whether dropout is active. Collective: rank 0 looks, all ranks raise or none does."""
+    print which share of the trained parameters is scored, and whether dropout is active. Collective: rank 0 looks, all
+    ranks raise or none does."""
     trouble, said = "", ""
     if collectives.rank() == 0:
         try:
