@@ -32,6 +32,7 @@ from pipeline.engine.json_check import check_deepspeed_json, notes
 from pipeline.engine.lost_contact import exit_on_lost_contact
 from pipeline.engine.resume import changed_settings, refuse_earlier_end
 from pipeline.influence.table import check_effect, owns_accumulation
+from pipeline.models.adapters import adapter_settings
 from pipeline.models.load import load_model
 from pipeline.models.reference_model import load_reference_model
 from pipeline.record.recorder import Recorder
@@ -108,7 +109,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
             "unit": config.influence.unit,
             "engine": deepspeed_engine.identity(ds_engine),
             "dataset": load_fingerprint(config.data.prepared_dir),
-        }
+        } | ({"adapter": adapter_settings(config.model.peft)} if config.model.peft else {})
         progress = Progress({}, {})
         if checkpoint:
             refuse_foreign(checkpoint, identity)

@@ -1,6 +1,8 @@
 """Paths as people write them."""
 
+import importlib.util
 import os
+from pathlib import Path
 from typing import Any
 
 
@@ -16,3 +18,13 @@ def expand(section: Any, *names: str) -> None:
         else:
             continue
         object.__setattr__(section, name, expanded)
+
+
+def pretrained(name: str) -> tuple[str, dict[str, Any]]:
+    """What `from_pretrained` of transformers takes for `name`, a hub id, a directory or a GGUF file. Raises ValueError
+    where there is nothing to read such a file with."""
+    if not name.endswith(".gguf"):
+        return name, {}
+    if importlib.util.find_spec("gguf") is None:
+        raise ValueError(f"{name} is a GGUF file, which the gguf package reads: pip install gguf")
+    return str(Path(name).parent), {"gguf_file": Path(name).name}

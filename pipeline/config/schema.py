@@ -17,11 +17,23 @@ BUILTIN = "builtin"
 @dataclass(frozen=True)
 class ModelConfig:
     name_or_path: str
-    """The causal LM: a hub id or a local directory to continue from, or a model config (`*.json`) to start from
-    scratch."""
+    """The causal LM: a hub id, a local directory or a GGUF file (`*.gguf`) to continue from, or a model config
+    (`*.json`) to start from scratch."""
     tokenizer: str | None = None
     """Hub id or local directory of the tokenizer; `train` trains a byte-level BPE of the model's vocabulary size on
     the training files. Default: the one that belongs to `name_or_path`."""
+    trainable: str | list[str] | None = None
+    """Which parameters are trained: a pattern or several of their names, `*` for any characters (`*.layers.3.*`,
+    `*norm*`). All others are frozen: they get no gradient and are in no score. Default: all are trained."""
+    peft: str | None = None
+    """A config of the peft library (`adapter_config.json`, or a directory with one): its adapters are added and
+    trained, and all else is frozen. Adapter weights in the directory are gone on from. RUN_DIR/model then holds the
+    adapter. Default: none."""
+    attn_implementation: str | None = None
+    """How attention is computed: eager, sdpa, flash_attention_2 or another of transformers' names. Default: the best
+    that transformers finds for the model."""
+    dropout: float | None = None
+    """Every dropout rate of the model, 0 to 1; 0 for scores, and a loss, without noise. Default: the model's own."""
     activation_checkpointing: bool = False
     """Recompute activations in the backward instead of keeping them."""
     allow_missing: bool = False
@@ -29,7 +41,14 @@ class ModelConfig:
     that the model has no place for. Default: refuse, and name them."""
 
     def __post_init__(self) -> None:
-        expand(self, "name_or_path", "tokenizer")
+        expand(self, "name_or_path", "tokenizer", "peft")
+        if self.dropout is not None:
+            fractions({"model.dropout": self.dropout})
+        if self.peft is not None and self.trainable is not None:
+            raise ValueError(
+                "model.peft says what is trained, its adapters (and its config's modules_to_save): leave out "
+                "model.trainable"
+            )
 
 
 @dataclass(frozen=True)

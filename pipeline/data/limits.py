@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
+from pipeline.config.paths import pretrained
 from pipeline.config.schema import Config
 from pipeline.data.frame import frame_of
 
@@ -46,7 +47,8 @@ def check_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> No
 def _settings(name: str) -> Any:
     try:
         if not name.endswith(".json"):
-            return AutoConfig.from_pretrained(name)
+            where, options = pretrained(name)
+            return AutoConfig.from_pretrained(where, **options)
         read = json.loads(Path(name).read_text())
         if not isinstance(read, dict) or "model_type" not in read:
             raise ValueError("it has no model_type")

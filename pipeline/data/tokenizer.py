@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pipeline.config.paths import pretrained
 from pipeline.config.schema import TRAIN_TOKENIZER, Config
 from pipeline.data.corpus import read_documents
 from pipeline.data.document import Document
@@ -45,7 +46,8 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
             f"local directory, or to `{TRAIN_TOKENIZER}`"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        where, options = pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.tokenizer: no tokenizer can be loaded from `{name}`: {error}") from error
     frame_of(tokenizer, config.data)  # refuses one that cannot frame documents as they are to be

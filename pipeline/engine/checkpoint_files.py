@@ -46,14 +46,20 @@ def checkpoint_weights(checkpoint: Path) -> dict[str, Tensor]:
 
     DeepSpeed unpickles checkpoints in full: load only what you trust.
     """
-    if list(checkpoint.glob("*optim_states.pt")):
-        return get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-    saved = torch.load(checkpoint / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-    return saved["module"]
+    whole = checkpoint / "mp_rank_00_model_states.pt"
+    if not list(checkpoint.glob("*optim_states.pt")):
+        return torch.load(whole, map_location="cpu", weights_only=False)["module"]
+    weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+    # Frozen weights, which ZeRO 1 keeps nowhere else.
+    if left := set(identity_of(checkpoint)["engine"].get("frozen", [])) - weights.keys():
+        module = torch.load(whole, map_location="cpu", weights_only=False)["module"]
+        weights |= {name: module[name] for name in left}
+    return weights
 
 
 def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
-    """Adam's state in a checkpoint of any ZeRO stage and world size, on the CPU; None under another optimizer.
+    """Adam's state of what is trained in a checkpoint of any ZeRO stage and world size, on the CPU; None under another
+    optimizer.
 
     {parameter: {"exp_avg", "exp_avg_sq": in the parameter's shape, "step": updates so far}}. From ZeRO 1 on DeepSpeed
     converts a copy inside of `checkpoint`, removed afterwards. Raises ValueError where that fails.
@@ -63,7 +69,7 @@ def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
     saved = identity_of(checkpoint)["engine"]
     if saved["optimizer"] not in ("adam", "adamw"):
         return None
-    shapes: dict[str, list[int]] = saved["parameters"]
+    shapes = {name: shape for name, shape in saved["parameters"].items() if name not in saved.get("frozen", [])}
     optimizer = _saved_optimizer(checkpoint)
     step = _updates(optimizer)
     if not list(checkpoint.glob("*optim_states.pt")):
@@ -126,8 +132,11 @@ def checkpoint_position(checkpoint: Path) -> int:
 
 def load_weights(model: PreTrainedModel, checkpoint: Path) -> None:
     """Raises ValueError where the weights in `checkpoint` are not this model's; tied ones may be there once."""
-    missing, unexpected = model.load_state_dict(checkpoint_files.checkpoint_weights(checkpoint), strict=False)
-    left = sorted(set(missing) - set(model.all_tied_weights_keys)) + unexpected
+    weights = checkpoint_files.checkpoint_weights(checkpoint)
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    named = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {id(parameter) for name, parameter in named.items() if name in weights}
+    left = [name for name in missing if name not in named or id(named[name]) not in loaded] + unexpected
     if left:
         raise ValueError(
             f"{checkpoint} is of another model than {model.name_or_path}; they differ in {left[:5]}. Name the one that "

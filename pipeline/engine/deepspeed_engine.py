@@ -49,8 +49,9 @@ def config_to_load(checkpoint: Path, saved: dict[str, Any], deepspeed_config: di
 
 def initialize(model: PreTrainedModel, deepspeed_config: dict[str, Any]) -> DeepSpeedEngine:
     """The engine around `model`, with the optimizer, precision and ZeRO stage of `deepspeed_config`."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=list(model.parameters()), config=deepspeed_config, dist_init_required=False
+        model=model, model_parameters=trained, config=deepspeed_config, dist_init_required=False
     )
     if engine.lr_scheduler is not None:
         bring_to(engine.lr_scheduler, 0)
@@ -95,15 +96,16 @@ def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, 
 
 def identity(engine: DeepSpeedEngine) -> dict[str, Any]:
     """What a checkpoint must have in common with the engine that loads it."""
-    parameters = engine.module.named_parameters()
+    parameters = dict(engine.module.named_parameters())
+    frozen = [name for name, parameter in parameters.items() if not parameter.requires_grad]
     return {
         "ranks": collectives.world_size(),
         "zero_stage": engine.zero_optimization_stage(),
         "bf16": engine.bfloat16_enabled(),
         "fp16": engine.fp16_enabled(),
         "optimizer": engine.optimizer_name(),
-        "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters},
-    }
+        "parameters": {name: list(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()},
+    } | ({"frozen": frozen} if frozen else {})
 
 
 def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, keys: Iterable[str]) -> dict[str, Any]:

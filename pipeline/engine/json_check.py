@@ -49,11 +49,16 @@ def check_deepspeed_json(config: Config, settings: dict[str, Any]) -> None:
 
 def notes(config: Config, settings: dict[str, Any]) -> list[str]:
     """What of a JSON without errors people should know before a run: rates of 0, a rate without effect, a warm-up that
-    does not end."""
-    schedule = settings.get("scheduler")
+    does not end, a section that nothing reads."""
+    schedule, path, found = settings.get("scheduler"), config.deepspeed_config, list[str]()
+    if "activation_checkpointing" in settings:
+        found.append(
+            f"{path}: activation_checkpointing has no effect, for transformers' models do not call DeepSpeed's; set "
+            "model.activation_checkpointing instead"
+        )
     if schedule is None:
-        return []
-    found, params, path = [], schedule["params"], config.deepspeed_config
+        return found
+    params = schedule["params"]
     idle = next((step for step in range(1, 101) if rate_at(settings, step)), 101) - 1
     if idle and settings["optimizer"]["params"]["lr"]:
         key = "warmup_min_ratio" if schedule["type"] == "WarmupCosineLR" else "warmup_min_lr"

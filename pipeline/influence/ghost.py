@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
 from pipeline.config.schema import InfluenceConfig
@@ -70,7 +71,8 @@ class Ghost:
     deeper model.
 
     A weight that is both head and word embedding is one weight: both parts are added before any product. Position
-    embeddings (one gradient for all sequences), biases and norms are left out (`models.layers.layers_of`).
+    embeddings (one gradient for all sequences), biases, norms and all that is frozen are left out
+    (`models.layers.layers_of`).
 
     `adam_state`: every layer's input and output gradient are scaled by `adam.adam_factors`, and a unit's
     self-influence saturates as Adam's coming step does (`adam.saturation`).
@@ -99,7 +101,7 @@ class Ghost:
         widths = (chosen.hidden_width, chosen.logit_width) if chosen else None
         self.size = 0 if widths is None else widths[0] * widths[1]
         self._places: dict[tuple[str, tuple[int, int]], tuple[Tensor, Tensor]] = {}
-        for layer in (self.words, *self.linear.values()):
+        for layer in (*([self.words] if self.words.trained else []), *self.linear.values()):
             matrices = layer.matrices.values() if isinstance(layer, Experts) else (layer,)
             for matrix in matrices:
                 if matrix.weight not in self.weights:
@@ -167,12 +169,14 @@ class GhostWatch:
         self._head_inputs: Tensor | None = None
         self._head_output: Tensor | None = None
         self._tokens = 0
-        self._embedded: Tensor | None = None
+        self._ends: list[GradientEdge] = []
+        """How far a backward must come for all that is scored."""
         self._embedded_rows: tuple[Tensor, Tensor] | None = None
 
     def __enter__(self) -> Self:
         linear = [(layer.module, partial(self._passed_kind(layer), layer)) for layer in self._how.linear.values()]
-        self._hooks = hooks(after=[(self._how.words.module, self._passed_words), *linear])
+        words = [(self._how.words.module, self._passed_words)] if self._how.words.trained else []
+        self._hooks = hooks(after=[*words, *linear])
         self._hooks.__enter__()
         return self
 
@@ -180,6 +184,8 @@ class GhostWatch:
         self._hooks.__exit__(*error)
 
     def before_losses(self, logits_BTV: Tensor) -> None:
+        if not self._how.head.trained:
+            return
         assert self._head_output is not None, "the head was not called inside the `with`"
         self._logits_NV = logits_BTV.detach().flatten(0, -2)
         if self._how.path is None:
@@ -188,6 +194,8 @@ class GhostWatch:
         self._head_output = None
 
     def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+        if not self._how.head.trained:
+            return gradient_nV.new_zeros(len(gradient_nV), 0)
         first, self._tokens = self._tokens, self._tokens + len(gradient_nV)
         output_nV = self._path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
         return self._how.weights[self._how.head.weight].sketch_outputs(output_nV)
@@ -198,18 +206,19 @@ class GhostWatch:
             losses_BT.register_hook(self._read_factor)
 
     def backward_to_inputs(self, losses_BT: Tensor) -> None:
-        """Only as far as the word embeddings."""
-        assert self._embedded is not None
-        torch.autograd.grad(losses_BT.sum(), self._embedded)
+        """Only as far as the word embeddings, or where these are frozen as the layers."""
+        ends = [get_gradient_edge(losses_BT), *self._ends]
+        torch.autograd.grad(losses_BT.sum(), ends, allow_unused=True)
 
     def take(self, logit_sketch_NG: Tensor) -> SampleGradients:
         """The head's part comes from the logit gradients of the forward, which need no backward."""
         sketches = self._sketches
         assert sketches is not None, "no backward came by since `before_backward`"
-        assert self._head_inputs is not None
         saturation_U = self._saturation()
-        self._add(sketches, self._how.weights[self._how.head.weight], self._head_inputs, logit_sketch_NG)
-        del self._logits_NV
+        if self._how.head.trained:
+            assert self._head_inputs is not None
+            self._add(sketches, self._how.weights[self._how.head.weight], self._head_inputs, logit_sketch_NG)
+            del self._logits_NV
         return SampleGradients(sketches, saturation_U)
 
     def _saturation(self) -> Tensor:
@@ -218,25 +227,27 @@ class GhostWatch:
 
         Of the rows of the words that a unit reads or is to predict, in the word embedding and in the head (of their sum
         where it is one weight). The head's row is taken to have its gradient at the word's own labels alone, where the
-        logit gradient is exp(-loss) - 1.
+        logit gradient is exp(-loss) - 1. What is frozen of the two has no such row.
         """
         how, batch, losses_BT = self._how, self._batch, self._losses_BT
         assert losses_BT is not None
         saturation_U = losses_BT.new_zeros(len(batch.units))
         if not (how.newest and how.saturates and self._step_tokens):
             return saturation_U
-        assert self._head_inputs is not None
-        assert self._embedded_rows is not None
         lengths = [stop - start for start, stop in batch.spans]
         units_N = torch.cat([batch.labels_BT.new_full((length,), unit) for unit, length in enumerate(lengths)])
         labelled_N = batch.labels_BT.flatten() != IGNORE
-        labels_N = batch.labels_BT.flatten().where(labelled_N, 0)
-        feedback_N = torch.expm1(-losses_BT.flatten()).where(labelled_N, 0.0)
-        own_N1 = self._logits_NV.gather(1, labels_N[:, None])
-        feedback_N = self._path.to_output(feedback_N[:, None], own_N1)[:, 0]
         parts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        parts[how.head.weight].append((labels_N, self._head_inputs * feedback_N[:, None]))
-        parts[how.words.weight].append(self._embedded_rows)
+        if how.head.trained:
+            assert self._head_inputs is not None
+            labels_N = batch.labels_BT.flatten().where(labelled_N, 0)
+            feedback_N = torch.expm1(-losses_BT.flatten()).where(labelled_N, 0.0)
+            own_N1 = self._logits_NV.gather(1, labels_N[:, None])
+            feedback_N = self._path.to_output(feedback_N[:, None], own_N1)[:, 0]
+            parts[how.head.weight].append((labels_N, self._head_inputs * feedback_N[:, None]))
+        if how.words.trained:
+            assert self._embedded_rows is not None
+            parts[how.words.weight].append(self._embedded_rows)
         for name, pairs in parts.items():
             weight = how.weights[name]
             scale_V = weight.output_scale_O
@@ -252,11 +263,21 @@ class GhostWatch:
             saturation_U.index_add_(0, units_M, taken_M.to(saturation_U.dtype))
         return saturation_U
 
+    def _hook(self, layer: Layer, output: Tensor, came_back: Callable[[Tensor], None]) -> None:
+        """Have the gradient at the output of a layer, whose weight is trained, come by."""
+        if not output.requires_grad:
+            raise ValueError(
+                f"{layer.name} ran without a graph, so estimator 'ghost' would see no gradient of it: activation "
+                'checkpointing does that in its reentrant kind. Give it {"use_reentrant": False}, or choose lai'
+            )
+        output.register_hook(came_back)
+        if layer is self._how.words or not self._how.words.trained:
+            self._ends.append(get_gradient_edge(output))
+
     @torch.no_grad()
     def _passed_words(self, args: tuple[Any, ...], output: Tensor) -> None:
-        self._embedded = output
-        if output.requires_grad:
-            output.register_hook(partial(self._came_back_to_words, self._how.words.input_rows(args)))
+        words = self._how.words
+        self._hook(words, output, partial(self._came_back_to_words, words.input_rows(args)))
 
     def _passed_kind(self, layer: Layer) -> Callable[..., None]:
         if isinstance(layer, Experts):
@@ -269,8 +290,7 @@ class GhostWatch:
 
     @torch.no_grad()
     def _passed_experts(self, layer: Experts, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.requires_grad:
-            output.register_hook(partial(self._came_back_to_experts, layer, args))
+        self._hook(layer, output, partial(self._came_back_to_experts, layer, args))
 
     @torch.no_grad()
     def _passed(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
@@ -284,8 +304,8 @@ class GhostWatch:
             sketched_NK = self._how.weights[layer.weight].sketch_inputs(rows_ND)
         if layer.name == self._how.head.name:
             self._head_inputs, self._head_output = sketched_NK, output.detach()
-        elif output.requires_grad:
-            output.register_hook(partial(self._came_back, layer, sketched_NK))
+        else:
+            self._hook(layer, output, partial(self._came_back, layer, sketched_NK))
 
     @torch.no_grad()
     def _read_factor(self, gradient_BT: Tensor) -> None:

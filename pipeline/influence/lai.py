@@ -22,7 +22,8 @@ from pipeline.models.second_moments import SecondMoments
 
 class Lai:
     """Sketches M_u = sum over t in u of h_t (outer) g_t: h_t the inputs of all linear layers, g_t = softmax - onehot
-    the logit gradient, which stands in for every layer's own output gradient (scores.py).
+    the logit gradient, which stands in for every layer's own output gradient (scores.py). A layer whose weight is
+    frozen takes no part; the logit gradient does also where the head is.
 
     `adam_state`: inputs are scaled by the column factors of their own layer, g_t by the head's row factors
     (`adam.adam_factors`).
@@ -48,7 +49,13 @@ class Lai:
 
     @staticmethod
     def _layers(model: PreTrainedModel) -> Mapping[str, Layer]:
-        return layers_of(model).linear
+        layers = layers_of(model).linear
+        if not layers:
+            raise ValueError(
+                "estimator 'lai' scores by the inputs of trained linear layers, and there are none; choose ghost, or "
+                "train one (model.trainable)"
+            )
+        return layers
 
     def watch(self, batch: Batch, norms: bool = False) -> "LaiWatch":
         return LaiWatch(self, batch, norms)
@@ -74,6 +81,11 @@ class Lli(Lai):
     @staticmethod
     def _layers(model: PreTrainedModel) -> Mapping[str, Layer]:
         head = head_of(model)
+        if not head.trained:
+            raise ValueError(
+                f"estimator 'lli' scores by the LM head's input, and {head.weight} is frozen; choose lai or ghost, or "
+                "train it (model.trainable)"
+            )
         return {head.name: head}
 
 

@@ -25,7 +25,7 @@ from pipeline.models.second_moments import SecondMoments
 class Residual:
     """Sketches of two parts, as one vector a unit:
 
-        head and word embedding: sum over t of  h_t (outer) g_t  +  e_t (outer) onehot(token_t)
+        head and word embedding: sum over t of  h_t (outer) g_t  +  e_t (outer) onehot(token_t)  (of those trained)
         all other linear layers: sum over t of  (their inputs)_t (outer) e_t
 
     with h_t the head's input, g_t = softmax - onehot the logit gradient, and e_t = gamma * (W_U^T g_t) / sigma_t the
@@ -36,8 +36,8 @@ class Residual:
     `input_width`; bringing g_t back costs V x hidden_width a token and hashing the head V x D a forward.
 
     `adam_state` is Adam's geometry as far as it separates here: head and embedding by their factors
-    (`adam.adam_factors`); e_t, for all layers alike, by the embedding's column factors; the others' inputs by their own
-    column factors times mean(v)^(-1/4), which puts layers on one scale.
+    (`adam.adam_factors`); e_t, for all layers alike, by the embedding's column factors, if it is trained; the others'
+    inputs by their own column factors times mean(v)^(-1/4), which puts layers on one scale.
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset(
@@ -87,8 +87,10 @@ class Residual:
         return ResidualWatch(self, batch, norms)
 
     def precondition(self, second: SecondMoments) -> None:
-        self.head_scale_V, self.head_scale_D = adam_factors(*self.head.means(second.means))
-        self.words_scale_V, self.words_scale_D = adam_factors(*self.words.means(second.means))
+        if self.head.trained:
+            self.head_scale_V, self.head_scale_D = adam_factors(*self.head.means(second.means))
+        if self.words.trained:
+            self.words_scale_V, self.words_scale_D = adam_factors(*self.words.means(second.means))
         for name, layer in self.inputs.layers.items():
             outputs_O, inputs_D = layer.means(second.means)
             _, scale_D = adam_factors(outputs_O, inputs_D)
@@ -151,8 +153,9 @@ class ResidualWatch:
         how, spans, feedback = self._how, self._batch.spans, logit_sketch_NG
         widths = [feedback.shape[1] - self._projection_VK.shape[1], self._projection_VK.shape[1]]
         feedback_NG, residual_NK = feedback.split(widths, dim=1)
-        body = unit_sketches(self._inputs.take(len(feedback)).to(feedback.dtype), residual_NK, spans)
         ends_UKG = unit_sketches(self._head_inputs_NK.to(feedback.dtype), feedback_NG, spans)
+        if not how.head.trained:
+            ends_UKG = torch.zeros_like(ends_UKG)
         rows_NK = how.words.row_gradients(self._ids_N, residual_NK)
         if how.words_scale_V is not None:
             rows_NK = rows_NK * how.words_scale_V[self._ids_N, None].to(rows_NK.dtype)
@@ -162,9 +165,12 @@ class ResidualWatch:
             rows_NK = rows_NK * signs_N.to(rows_NK.dtype)[:, None]
         # Exact and untied, the two have nothing to do with each other.
         words_UKG = ends_UKG if how.tied or how.sketch_g else torch.zeros_like(ends_UKG)
-        for sketch_KG, (start, stop) in zip(words_UKG, spans, strict=True):
+        for sketch_KG, (start, stop) in zip(words_UKG, spans, strict=True) if how.words.trained else ():
             sketch_KG.index_add_(1, columns_N[start:stop], rows_NK[start:stop].T)
-        parts = [ends_UKG, body] if words_UKG is ends_UKG else [ends_UKG, words_UKG, body]
+        parts = [ends_UKG] if words_UKG is ends_UKG else [ends_UKG, words_UKG]
+        if how.inputs.layers:
+            inputs_NK = self._inputs.take(len(feedback)).to(feedback.dtype)
+            parts.append(unit_sketches(inputs_NK, residual_NK, spans))
         sketch_UM = torch.cat([part.flatten(1) for part in parts], dim=1)
         return SampleGradients(sketch_UM, sketch_UM.new_zeros(len(sketch_UM), dtype=torch.float64))
 

@@ -70,6 +70,11 @@ class Experts(Layer):
     down: str = ""
     """The two parameters' names."""
 
+    @property
+    def trained(self) -> bool:
+        module: Any = self.module
+        return module.down_proj.requires_grad
+
     def means(self, means: Means) -> tuple[Tensor, Tensor]:
         """Of the first weight: every expert's outputs one after the other, and the mean over experts of the inputs."""
         each = [layer.means(means) for name, layer in self.matrices.items() if name.startswith(f"{self.up}[")]
@@ -112,8 +117,13 @@ def is_experts(module: nn.Module) -> bool:
 
 
 def experts_of(name: str, module: Any, names: Mapping[int, str]) -> Experts:
-    """The experts of a module that `is_experts`."""
+    """The experts of a module that `is_experts`. Raises ValueError where only one of their two weights is trained."""
     first, second = (module.gate_up_proj if module.has_gate else module.up_proj), module.down_proj
+    if first.requires_grad != second.requires_grad:
+        raise ValueError(
+            f"of the experts in {name} only one of {names[id(first)]} and {names[id(second)]} is trained, which no "
+            "score knows how to tell apart: train both or none (model.trainable)"
+        )
     kind = TransposedLayer if module.is_transposed else Layer
     matrices: dict[str, Layer] = {}
     for parameter in (first, second):

@@ -29,6 +29,12 @@ class Layer:
         """Whether it is stored as (inputs, outputs)."""
         return False
 
+    @property
+    def trained(self) -> bool:
+        """Whether the weight gets a gradient."""
+        weight: Any = self.module.weight
+        return weight.requires_grad
+
     def input_rows(self, args: tuple[Any, ...]) -> Tensor:
         """What a forward gives the module, (N, inputs) for the N positions, detached."""
         return args[0].detach().flatten(0, -2)

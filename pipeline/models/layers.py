@@ -1,7 +1,7 @@
 """All weight matrices of a model at work, and which trained weights are none."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -11,26 +11,32 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.models.adapters import at_work, refuse_unknown_adapters
 from pipeline.models.experts import Experts, Router, experts_of, is_experts
 from pipeline.models.layer import Embedding, Layer, TransposedLayer, shape_of
 
 
 @dataclass(frozen=True)
 class Layers:
-    """All trained weight matrices of a causal LM."""
+    """All trained weight matrices of a causal LM. What is frozen takes no part in any score."""
 
     linear: Mapping[str, Layer]
     """By module name, in the model's own order, the LM head, routers and experts (as one layer each) among them."""
     head: Layer
     words: Embedding
+    """These two whether they are trained or not."""
     left_out: Mapping[str, str]
     """Trained parameters that are in no score, and by which rule."""
 
     @property
     def weights(self) -> set[str]:
         """Names of all parameters that are scored, by an estimator that scores all it can."""
-        experts = {layer.down for layer in self.linear.values() if isinstance(layer, Experts)}
-        return {layer.weight for layer in (*self.linear.values(), self.words)} | experts
+        words = {self.words.weight} if self.words.trained else set()
+        return self.linear_weights | words
+
+    @property
+    def linear_weights(self) -> set[str]:
+        return _weights_of(self.linear.values())
 
     @property
     def body(self) -> Mapping[str, Layer]:
@@ -49,13 +55,15 @@ def layers_of(model: PreTrainedModel) -> Layers:
     """Every trained parameter accounted for: scored as a `Layer`, or left out by a stated rule.
 
     Raises ValueError, naming them, for weights that are neither (experts and routers kept as bare parameters,
-    other convolutions), and for a model without a linear LM head or a word embedding.
+    other convolutions, adapters that are no plain LoRA), and for a model without a linear LM head or a word embedding,
+    or that trains neither a linear layer nor the word embedding.
     """
+    refuse_unknown_adapters(model)
     names = _parameter_names(model)
-    linear = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module, names))}
+    every = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module, names))}
+    linear = {name: layer for name, layer in every.items() if layer.trained}
     words = words_of(model)
-    scored = {layer.weight for layer in (*linear.values(), words)}
-    scored |= {layer.down for layer in linear.values() if isinstance(layer, Experts)}
+    scored = _weights_of([*linear.values(), words])
     others = {
         names[id(module.weight)]
         for name, module in model.named_modules()
@@ -81,7 +89,18 @@ def layers_of(model: PreTrainedModel) -> Layers:
             unknown[name] = shape
     if unknown:
         raise ValueError(_unscored(model, unknown))
-    return Layers(linear, head_of(model), words, left_out)
+    layers = Layers(linear, head_of(model), words, left_out)
+    if not layers.weights:
+        raise ValueError(
+            "nothing that is trained could be scored: no linear layer and no word embedding is among it. Train one of "
+            "them too (model.trainable), or choose influence.estimator loss, random or none"
+        )
+    return layers
+
+
+def _weights_of(layers: Iterable[Layer]) -> set[str]:
+    layers = list(layers)
+    return {layer.weight for layer in layers} | {layer.down for layer in layers if isinstance(layer, Experts)}
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -105,7 +124,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 def head_of(model: PreTrainedModel) -> Layer:
     """The LM head. Raises ValueError where the model has none."""
-    head = model.get_output_embeddings()
+    head = at_work(model.get_output_embeddings())
     for name, module in model.named_modules():
         if module is head and _is_linear(module):
             return _linear(name, module, _parameter_names(model))
@@ -114,7 +133,7 @@ def head_of(model: PreTrainedModel) -> Layer:
 
 def words_of(model: PreTrainedModel) -> Embedding:
     """The word embedding."""
-    words = model.get_input_embeddings()
+    words = at_work(model.get_input_embeddings())
     name = next(name for name, module in model.named_modules() if module is words)
     vocabulary, width = shape_of(words.weight)
     return Embedding(name, words, _parameter_names(model)[id(words.weight)], width, vocabulary)
@@ -151,6 +170,6 @@ def _unscored(model: PreTrainedModel, unknown: Mapping[str, tuple[int, ...]]) ->
     shown += ", ..." if len(unknown) > 4 else ""
     return (
         f"{type(model).__name__} trains {len(unknown)} weights, {share:.0%} of its parameters, that are no linear "
-        f"layer and no embedding, so a score would leave them out: {shown}. Choose "
+        f"layer and no embedding, so a score would leave them out: {shown}. Freeze them (model.trainable), or choose "
         "influence.estimator lli, which claims the LM head only, or loss, random or none"
     )

@@ -7,19 +7,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
+from pipeline.config.paths import pretrained
 from pipeline.config.schema import ModelConfig
+from pipeline.models.adapters import add_adapter, add_alike
+from pipeline.models.dropout import set_dropout
+from pipeline.models.trainable import freeze_alike, freeze_all_but
 from pipeline.models.weights import check_weights
 
 
 def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The model in float32 (DeepSpeed casts it), in training mode; partitioned from the start under ZeRO-3.
+    """The model in float32 (DeepSpeed casts it), in training mode, with an adapter and frozen as `config` says;
+    partitioned from the start under ZeRO-3.
 
-    `name_or_path` is a hub id or a directory with weights, or a `*.json` model config: then the weights are random,
-    from `seed`. Raises ValueError where there is no such model, or its weights are not all there.
+    `name_or_path` is a hub id, a directory or GGUF file with weights, or a `*.json` model config: then the weights are
+    random, from `seed`. Raises ValueError where there is no such model, or its weights are not all there.
     """
     if not config.name_or_path.endswith(".json"):
         try:
@@ -32,39 +37,53 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     torch.manual_seed(seed)
     try:
         if config.name_or_path.endswith(".json"):
-            model = _from_scratch(json.loads(Path(config.name_or_path).read_text()), zero3=is_deepspeed_zero3_enabled())
+            model = _from_scratch(config, zero3=is_deepspeed_zero3_enabled())
         else:
-            model = AutoModelForCausalLM.from_pretrained(config.name_or_path, dtype=torch.float32)
+            name, options = pretrained(config.name_or_path)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options, **_attention(config))
     except (OSError, ValueError) as error:
         raise _no_model(config, error) from error
     del zero3
+    return _for_training(model, config, seed)
+
+
+def _for_training(model: PreTrainedModel, config: ModelConfig, seed: int = 0) -> PreTrainedModel:
+    """What `config` has done to a model that is loaded."""
+    if config.trainable is not None:
+        freeze_all_but(model, [config.trainable] if isinstance(config.trainable, str) else config.trainable)
     if config.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
+    if config.peft is not None:
+        add_adapter(model, config.peft, seed)
+    if config.dropout is not None:
+        set_dropout(model, config.dropout)
     return model.train()
 
 
 def model_without_weights(config: ModelConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The same model on torch's meta device: shapes only, whatever its size. Raises ValueError where there is none."""
-    name = config.name_or_path
     try:
-        json_settings = json.loads(Path(name).read_text()) if name.endswith(".json") else None
-        settings = AutoConfig.for_model(**json_settings) if json_settings else AutoConfig.from_pretrained(name)
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(settings, dtype=dtype)
+            model = AutoModelForCausalLM.from_config(_settings(config), dtype=dtype, **_attention(config))
     except (OSError, ValueError) as error:
         raise _no_model(config, error) from error
     model.tie_weights()
-    if config.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    return model.train()
+    return _for_training(model, config)
 
 
-def small_twin(config: ModelConfig) -> PreTrainedModel:
-    """A model of the same architecture with random weights, whole in float32 on the CPU, of two blocks where its config
-    can be cut so far; for what depends on the architecture only. Not while ZeRO-3 partitions what is made."""
-    name = config.name_or_path
-    settings = AutoConfig.for_model(**json.loads(Path(name).read_text())) if name.endswith(".json") else None
-    settings = settings or AutoConfig.from_pretrained(name)
+def small_twin(config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
+    """A model of `model`'s architecture with random weights, whole in float32 on the CPU, of two blocks where its
+    config can be cut so far, with adapters and frozen where `model` is; for what depends on the architecture only. Not
+    while ZeRO-3 partitions what is made."""
+    twin = _small(config)
+    if config.peft is not None:
+        add_alike(twin, model, config.peft)
+    freeze_alike(twin, model)
+    return twin.train()
+
+
+def _small(config: ModelConfig) -> PreTrainedModel:
+    settings = _settings(config)
     whole = copy.deepcopy(settings)
     blocks = settings.num_hidden_layers
     try:
@@ -72,9 +91,9 @@ def small_twin(config: ModelConfig) -> PreTrainedModel:
             if isinstance(value, list) and len(value) == blocks:
                 setattr(settings, key, value[:_TWIN_BLOCKS])
         settings.num_hidden_layers = min(blocks, _TWIN_BLOCKS)
-        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **_attention(config))
     except (AttributeError, ValueError, TypeError, IndexError, AssertionError):
-        return AutoModelForCausalLM.from_config(whole, dtype=torch.float32).train()
+        return AutoModelForCausalLM.from_config(whole, dtype=torch.float32, **_attention(config))
 
 
 _TWIN_BLOCKS = 2
@@ -87,14 +106,45 @@ def _no_model(config: ModelConfig, error: Exception) -> ValueError:
     )
 
 
-def _from_scratch(settings: dict[str, Any], zero3: bool) -> PreTrainedModel:
+def check_attention(config: ModelConfig) -> None:
+    """Raises ValueError, in one sentence, where `attn_implementation` is not for this model or not on this machine."""
+    if config.attn_implementation is None:
+        return
+    try:
+        settings = _settings(config)
+    except (OSError, ValueError) as error:
+        raise _no_model(config, error) from error
+    try:
+        with torch.device("meta"), no_init_weights():
+            AutoModelForCausalLM.from_config(settings, **_attention(config))
+    except (ImportError, ValueError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0].removesuffix(".")
+        raise ValueError(
+            f"model.attn_implementation: '{config.attn_implementation}' is not to be had for {config.name_or_path} "
+            f"here ({reason}); choose eager or sdpa, or leave it out"
+        ) from error
+
+
+def _attention(config: ModelConfig) -> dict[str, str]:
+    return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
+
+
+def _settings(config: ModelConfig) -> PreTrainedConfig:
+    """transformers' config of the model."""
+    name, options = pretrained(config.name_or_path)
+    if name.endswith(".json"):
+        return AutoConfig.for_model(**json.loads(Path(name).read_text()))
+    return AutoConfig.from_pretrained(name, **options)
+
+
+def _from_scratch(config: ModelConfig, zero3: bool) -> PreTrainedModel:
     """Random weights that are a function of the seed, not of the ZeRO stage.
 
     Under ZeRO-3 transformers initialises every module once, when all are there; elsewhere torch has drawn weights for
     each as it was made, before. Those draws are left out, so both begin at the same one.
     """
     with nullcontext() if zero3 else no_init_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(_settings(config), dtype=torch.float32, **_attention(config))
     if not zero3:
         model.initialize_weights()
         model.tie_weights()

@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
+from pipeline.config.paths import pretrained
 from pipeline.config.schema import ModelConfig
 
 POINTERS = {
@@ -23,10 +24,10 @@ def check_weights(config: ModelConfig) -> None:
     """Raises ValueError where the model's files were never fetched, are cut or corrupt, have other shapes than its
     config says, or hold too few weights or too many. Compares names and shapes on the meta device, which takes seconds
     and no memory, and is the same on every rank at every ZeRO stage."""
-    name = config.name_or_path
+    name, options = pretrained(config.name_or_path)
     refuse_pointers(name)
     with one_sentence(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, device_map="meta", output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, device_map="meta", output_loading_info=True, **options)
     refuse_incomplete(config, loaded[1])
 
 

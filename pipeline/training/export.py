@@ -29,6 +29,13 @@ def finish(
     run_dir = Path(config.run_dir)
     agree_with_tokenizer(ds_engine.module, AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer")))
     ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
+    if config.model.peft:
+        print(
+            f"{run_dir / 'model'} holds the adapter alone. It goes with {config.model.name_or_path}: "
+            "peft.PeftModel.from_pretrained(base, DIR) puts them together, merge_and_unload() makes one model of both, "
+            "and here --model.peft DIR goes on from it",
+            flush=True,
+        )
     shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
     units = ledger.counts_by_subset(ledger.read(run_dir))
     summary = {

@@ -9,6 +9,7 @@ from pipeline.config.schema import Config
 from pipeline.engine import collectives
 from pipeline.influence.check_model import check_model, refuse_seeing_ahead
 from pipeline.influence.table import CONTROLS
+from pipeline.models.dropout import noisy_forward
 from pipeline.models.layer import shape_of
 from pipeline.models.layers import layers_of
 from pipeline.models.load import small_twin
@@ -19,16 +20,17 @@ LARGEST = 500_000_000
 
 def check_before_training(config: Config, model: PreTrainedModel) -> None:
     """Refuse a model that is not causal, or whose true gradients `ghost` would not see (`influence.check_model`);
-    print which share of the trained parameters is scored. Collective: rank 0 looks, all ranks raise or none does."""
+    print which share of the trained parameters is scored, and whether dropout is active. Collective: rank 0 looks, all
+    ranks raise or none does."""
     if said := collectives.on_rank_0(lambda: _look(config, model)):
         print(said, flush=True)
 
 
 def _look(config: Config, model: PreTrainedModel) -> str:
-    said = scored_share(config, model)
+    said = "\n".join(filter(None, (scored_share(config, model), noisy_forward(model))))
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
-    looked_at = small_twin(config.model) if large else model
+    looked_at = small_twin(config.model, model) if large else model
     refuse_seeing_ahead(looked_at)
     if config.influence.estimator == "ghost" and config.influence.check_model:
         check_model(looked_at)
@@ -44,7 +46,7 @@ def scored_share(config: Config, model: PreTrainedModel) -> str:
     if name == "lli":
         return f"influence: lli reads the LM head's input; the model trains {sum(sizes.values()):,} parameters"
     layers = layers_of(model)
-    scored = layers.weights if name != "lai" else layers.weights - {layers.words.weight} | {layers.head.weight}
+    scored = layers.weights if name != "lai" else layers.linear_weights
     left = Counter[str]()
     for parameter, size in sizes.items():
         if parameter not in scored:
@@ -52,8 +54,11 @@ def scored_share(config: Config, model: PreTrainedModel) -> str:
     every = sum(sizes.values())
     parts = ", ".join(f"{rule} {size / every:.1%}" for rule, size in left.most_common())
     share = sum(sizes[parameter] for parameter in scored if parameter in sizes) / every
-    return f"influence: {name} scores {share:.1%} of {every:,} trained parameters" + (
-        f"; left out: {parts}" if parts else ""
+    frozen = sum(_numbers(p) for p in model.parameters() if not p.requires_grad)
+    return (
+        f"influence: {name} scores {share:.1%} of {every:,} trained parameters"
+        + (f" ({frozen:,} are frozen)" if frozen else "")
+        + (f"; left out: {parts}" if parts else "")
     )
 
 

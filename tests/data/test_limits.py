@@ -5,11 +5,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.data.prepared import ensure_prepared, prepare
 from pipeline.data.tokenizer import train_tokenizer
+from pipeline.models.load import load_model
 from tests.corpora import make_config, remade, write
 from tests.tiny_models import tiny
 
@@ -37,6 +38,22 @@ def test_ids_beyond_the_vocabulary_are_refused_before_preparing_and_after(config
     prepare(config)
     with pytest.raises(ValueError, match="ends at 298"):
         ensure_prepared(smaller(config, vocab_size=299))
+
+
+def test_a_model_that_was_enlarged_as_the_message_says_takes_the_tokenizer(config, tmp_path):
+    """Catches a table that is not saved at its new size, tied or not."""
+    for kind in ("llama", "gpt_neo"):
+        model = tiny(kind)
+        model.resize_token_embeddings(299)
+        model.save_pretrained(tmp_path / kind)
+        small = replace(config, model=ModelConfig(str(tmp_path / kind), config.model.tokenizer))
+        with pytest.raises(ValueError, match=r"enlarge the model \(resize_token_embeddings, save_pretrained\)"):
+            prepare(small)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / kind)
+        model.resize_token_embeddings(300)
+        model.save_pretrained(tmp_path / kind)
+        prepare(small)
+        assert load_model(small.model, 0).get_output_embeddings().weight.shape[0] == 300
 
 
 def test_an_eos_beyond_the_vocabulary_is_refused_and_a_special_token_that_is_in_no_text_is_not(config, tmp_path):

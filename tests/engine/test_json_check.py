@@ -184,6 +184,11 @@ def test_what_deepspeed_knows_is_accepted(config_with, settings):
             "30) is longer than the run (max_steps 10)",
         ),
         (scheduler("WarmupLR", warmup_min_lr=0.1, warmup_max_lr=0.2), 9999, "warmup_max_lr 0.2 is the rate; optimizer"),
+        (
+            {"activation_checkpointing": {"partition_activations": True}},
+            10,
+            "set model.activation_checkpointing instead",
+        ),
     ],
 )
 def test_what_has_no_effect_is_said(config_with, settings, steps, message):

@@ -88,6 +88,33 @@ def test_activation_checkpointing_records_each_layer_once():
     assert torch.allclose(scores(model.train(), batch, sketch="none"), expected, rtol=1e-9)
 
 
+def test_layers_that_run_without_a_graph_are_refused_and_not_missed():
+    """Reentrant activation checkpointing runs the forward without one. Catches scores of what is left."""
+    model, batch = larger("llama").double(), batch_of()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r'q_proj ran without a graph.* Give it \{"use_reentrant": False\}, or choose'):
+        scores(model.train(), batch, sketch="none")
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_what_scores_in_the_forward_sees_the_same_under_both_kinds_of_checkpointing(reentrant):
+    """Catches inputs that are recorded again in the backward."""
+    model, batch = larger("llama").double().train(), batch_of()
+    for name in ("lai", "lli", "residual"):
+        config = InfluenceConfig(estimator=name, sketch="none")
+        found = []
+        for checkpointing in (False, True):
+            if checkpointing:
+                model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            scorer = plain_scorer(config, model, 3)
+            watched = MicroBatch(scorer, batch, Stopwatch(CPU))
+            watched.forward(model).sum().backward()
+            watched.add()
+            found.append(scorer.scores()[0].scores_U)
+            model.activation_checkpointing_disable()
+        assert agree(*found)
+
+
 @pytest.mark.parametrize("kind", ["gpt_neo", "gpt2", "llama"])
 def test_adam_state_scales_rows_and_columns_of_the_gradient(kind):
     """Catches swapped rows and columns, and the wrong power."""

@@ -13,6 +13,7 @@ from pipeline.influence.adam import adam_factors
 from pipeline.influence.micro_batch import MicroBatch
 from pipeline.models.heads import final_norm
 from pipeline.models.second_moments import SecondMoments
+from pipeline.models.trainable import freeze_all_but
 from tests.runs import forward_scores, plain_scorer
 from tests.tiny_models import VOCABULARY, tiny
 
@@ -70,13 +71,18 @@ def written_out(model, batch: Batch, means=None) -> Tensor:
         centred.square().mean(2, keepdim=True) + getattr(norm, "eps", 0) + getattr(norm, "variance_epsilon", 0)
     ).sqrt()
     words = model.get_input_embeddings().weight
-    e = g @ head.weight.double() * norm.weight.double() / sigma * factors(words)[1]
+    e = g @ head.weight.double() * norm.weight.double() / sigma
+    if words.requires_grad:
+        e = e * factors(words)[1]
     rows, columns = factors(head.weight)
     ends = torch.einsum("btd,btv->bdv", inputs[head] * columns, g * rows)
     embedding = torch.einsum("btd,btv->bdv", e, F.one_hot(batch.input_ids_BT, VOCABULARY).double() * factors(words)[0])
-    parts = [ends + embedding] if head.weight is words else [ends, embedding]
+    if head.weight is words:
+        parts = [ends + embedding] if words.requires_grad else []
+    else:
+        parts = [part for part, weight in ((ends, head.weight), (embedding, words)) if weight.requires_grad]
     for module in layers:
-        if module is head:
+        if module is head or not module.weight.requires_grad:
             continue
         scale: Tensor | float = 1.0
         if means is not None:
@@ -99,6 +105,22 @@ def test_exact_scores_are_those_written_out(batch, kind, adam):
         means = {name: (v.mean(1), v.mean(0)) for name, v in second.items()}
     expected = written_out(model, batch, means)
     assert (scores(model, batch, means, sketch="none") - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize("adam", [False, True])
+@pytest.mark.parametrize("trained", ["*.layers.1.*", "model.*", "lm_head.*", "*embed_tokens*"])
+@pytest.mark.parametrize("kind", ["llama", "llama_tied"])
+def test_what_is_frozen_is_in_no_score(batch, kind, trained, adam):
+    """Catches the head's or the embedding's part where that is frozen, and second moments that are not there."""
+    model, means = model_of(kind), None
+    freeze_all_but(model, [trained])
+    if adam:
+        second = {name: torch.rand_like(p) ** 4 for name, p in model.named_parameters() if p.dim() == 2}
+        means = {name: (v.mean(1), v.mean(0)) for name, v in second.items()}
+    expected = written_out(model, batch, means)
+    means = means and {name: means[name] for name, p in model.named_parameters() if name in means and p.requires_grad}
+    assert (scores(model, batch, means, sketch="none") - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert scores(model, batch, means).isfinite().all()
 
 
 @pytest.mark.parametrize("kind", ["gpt_neo", "llama"])

@@ -31,6 +31,7 @@ SIZES = {
 }
 KINDS: dict[str, dict[str, Any]] = {
     "llama": {},  # the padding token is among the text's: its row has no gradient
+    "llama, padded": {"vocab_size": VOCABULARY + 20},  # beyond the tokenizer: these words are only predicted
     "gemma2": {"head_dim": 8},  # a soft cap after the head, an embedding scaled inside its module
     "granite": {"logits_scaling": 8.0, "embedding_multiplier": 12.0},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -39,7 +40,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def model_of(kind: str) -> PreTrainedModel:
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES, **KINDS[kind]))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind.partition(",")[0], **SIZES | KINDS[kind]))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
