@@ -17,7 +17,8 @@ from rich.table import Table
 
 from pipeline.config.cli import exit_on_user_error, parse
 from pipeline.config.schema import Config
-from pipeline.evidence.valued_corpus import Keep, blend, chosen, config_of_run, documents_of, records_of, write
+from pipeline.evidence.valued_corpus import Keep, blend, chosen, documents_of, records_of, write
+from pipeline.record.starts import config_of_run
 
 FORMATS = (".jsonl", ".parquet")
 

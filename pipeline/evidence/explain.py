@@ -8,8 +8,9 @@ import pandas as pd
 from transformers import AutoTokenizer
 
 from pipeline.data.prepared import load_split
-from pipeline.evidence.valued_corpus import by_document, config_of_run, sources_of
+from pipeline.evidence.valued_corpus import by_document, sources_of
 from pipeline.record import ledger
+from pipeline.record.starts import config_of_run
 
 _BEGINNING = 60
 """Characters of a text that stand in a table."""

@@ -10,13 +10,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from pipeline.data.prepared import load_split
 from pipeline.data.samples import Samples
 from pipeline.evidence.invariance import first_few
 from pipeline.record import ledger
-from pipeline.record.starts import Start, start_of, starts_of
+from pipeline.record.starts import Start, config_of_run, start_of, starts_of
 
 _CHUNK = 512
 
@@ -33,11 +32,7 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     positive, and of a candidate pool its share; no checkpoint of a later step (of an earlier one it may be: stopped
     between the two writes). Raises ValueError where there is no run.
     """
-    if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
-        raise ValueError(
-            f"{run_dir} is no run directory (no config.yaml or no ledger/); name the run_dir of a training"
-        )
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config = config_of_run(run_dir)
     prepared_dir = config["data"]["prepared_dir"]
     rows, violations = _read_parts(run_dir / "ledger")
     last, saved = 0 if rows.empty else rows["step"].max(), _newest_checkpoint(run_dir)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 
 from pipeline.evidence import arms, ledger_tables
 from pipeline.record import ledger, subset_rates
+from pipeline.record.starts import config_of_run
 
 _IMPORTANCE_ROWS = 10
 
@@ -29,11 +29,7 @@ class Run:
 
 def read_run(directory: Path) -> Run:
     """Raises ValueError where `directory` is no run directory."""
-    if not (directory / "config.yaml").is_file() or not (directory / "ledger").is_dir():
-        raise ValueError(
-            f"{directory} is no run directory (no config.yaml or no ledger/); name the run_dir of a training"
-        )
-    config = yaml.safe_load((directory / "config.yaml").read_text())
+    config = config_of_run(directory)
     summary, fidelity = (_json(directory / name) for name in ("summary.json", "fidelity.json"))
     table = ledger.read(directory)
     rows = ledger_tables.comparable(table.to_pandas(), config["influence"].get("scope", "micro_step"))

@@ -10,13 +10,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from pipeline.config.rules import fractions
 from pipeline.config.schema import Config
 from pipeline.data.corpus import read_documents
 from pipeline.data.document import Document
 from pipeline.record import ledger
+from pipeline.record.starts import config_of_run
 
 VALUES = "influence"
 """Key of a written record that holds what the run made of it."""
@@ -39,13 +39,6 @@ class Keep:
 
     def __post_init__(self) -> None:
         fractions({f"--{n}": value for n in ("best", "min_trained") if (value := getattr(self, n)) is not None})
-
-
-def config_of_run(run_dir: Path) -> dict[str, Any]:
-    """Raises ValueError where there is no run."""
-    if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
-        raise ValueError(f"{run_dir} is no run directory: config.yaml or ledger/ is missing")
-    return dict(yaml.safe_load((run_dir / "config.yaml").read_text()))
 
 
 def sources_of(prepared_dir: str) -> pd.DataFrame:

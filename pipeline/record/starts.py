@@ -11,6 +11,9 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from pipeline.config.cli import to_yaml
 from pipeline.config.schema import Config
@@ -52,6 +55,15 @@ def keep_start(config: Config, start: Start) -> None:
             if _step(old) > start.step:
                 old.unlink()
         (run_dir / f"{kind}.step-{start.step}.{suffix}").write_text(text)
+
+
+def config_of_run(run_dir: Path) -> dict[str, Any]:
+    """The config of its last start. Raises ValueError where `run_dir` is no run directory."""
+    if not (run_dir / "config.yaml").is_file() or not (run_dir / "ledger").is_dir():
+        raise ValueError(
+            f"{run_dir} is no run directory (no config.yaml or no ledger/); name the run_dir of a training"
+        )
+    return dict(yaml.safe_load((run_dir / "config.yaml").read_text()))
 
 
 def starts_of(run_dir: Path) -> list[Start]:

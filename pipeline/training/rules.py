@@ -29,6 +29,9 @@ def without_effect(config: Config) -> list[str]:
         "influence.adam_every_steps": (influence.precondition == "adam_state", "influence.precondition adam_state"),
         "influence.adam_decay": (influence.precondition == "adam_ema", "influence.precondition adam_ema"),
         "influence.adam_power": (influence.precondition != "none", "influence.precondition"),
+        "influence.lookahead_step": (influence.estimator == "lookahead", "influence.estimator lookahead"),
+        "influence.scope": (policy.rule != "top", "another policy.rule than top"),
+        "policy.max_drop_fraction": (policy.rule != "top", "another policy.rule than top"),
         "policy.threshold": (policy.rule == "threshold", "policy.rule threshold"),
         "policy.rate": (policy.rule == "rate", "policy.rule rate"),
     }

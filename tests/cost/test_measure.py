@@ -194,6 +194,7 @@ def test_several_estimators_beside_the_same_plain_steps(ranks, tiny_model, tmp_p
         ({"benchmark__estimators": '["ghost/adam"]'}, "no 'adam'"),
         ({"benchmark__estimators": '["ghost/adam_ema"]'}, "adam_ema"),
         ({"influence__estimator": "none"}, "scores nothing"),
+        ({"benchmark__estimators": '["rho"]'}, "costs one forward of its reference model more"),
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(tiny_model, tmp_path, options, message):

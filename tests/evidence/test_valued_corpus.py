@@ -1,6 +1,7 @@
 """The corpus as a run valued it, against loops over its ledger and its files; and a step explained."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,21 @@ def test_what_is_not_there_is_refused_in_a_sentence(done, capsys, command, optio
         command.main([done.run_dir, *options])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_what_is_gone_is_named(done, tmp_path, capsys):
+    """Files that no longer hold a document, and a dataset that does not say where documents came from."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(done.run_dir, run_dir)
+    shorter = tmp_path / "documents.jsonl"
+    shorter.write_text("".join(Path(str(done.data.train_files)).read_text().splitlines(keepends=True)[:3]))
+    config = (run_dir / "config.yaml").read_text()
+    (run_dir / "config.yaml").write_text(config.replace(str(done.data.train_files), str(shorter)))
+    with pytest.raises(SystemExit):
+        export_corpus.main([str(run_dir), str(tmp_path / "out.jsonl")])
+    assert "data.train_files no longer hold" in capsys.readouterr().err
+    assert not (tmp_path / "out.jsonl").exists()
+    (run_dir / "config.yaml").write_text(config.replace(done.data.prepared_dir, str(tmp_path / "nowhere")))
+    with pytest.raises(SystemExit):
+        export_corpus.main([str(run_dir), str(tmp_path / "out.jsonl")])
+    assert "is missing: it says where documents came from; prepare the run's dataset again" in capsys.readouterr().err

@@ -200,6 +200,13 @@ def test_rho_and_its_model_go_together():
             InfluenceConfig(**keys)
 
 
+def test_rho_in_a_loop_of_ones_own_wants_the_model():
+    influence, device = InfluenceConfig(estimator="rho", reference_model="model"), torch.device("cpu")
+    with pytest.raises(ValueError, match=r"'rho' needs the reference model that influence\.reference_model names"):
+        scorer_of(influence, tiny("llama"), 0, device, Stopwatch(device), lambda tensor: tensor)
+    scorer_of(influence, tiny("llama"), 0, device, Stopwatch(device), lambda tensor: tensor, lambda b: b.labels_BT)
+
+
 def test_a_runs_config_is_checked_with_its_audits():
     """Catches a rule of the command line that the config never reaches."""
     influence, policy = configs("none")
