@@ -32,7 +32,7 @@ def read_documents(
 ) -> Iterator[Document | Problem]:
     """Every document of `files` (`data.train_files` or `data.eval_files`) and every problem, in their order there.
 
-    `split` matters to `builtin` only, which holds out a twentieth. `whole_records`: read all columns of parquet.
+    `split` matters to `builtin` only, which holds out a twentieth. `whole_records`: each with its `record`.
     Raises ValueError on a source that cannot be read at all (see `resolve`).
     """
     for source in resolve(files):
@@ -40,7 +40,7 @@ def read_documents(
             yield from builtin_documents()[split]
         elif not Path(source).is_file():
             for row, record in enumerate(records(source), 1):
-                yield _document(record, source, row, data.text_field, data.subset_field)
+                yield _document(record, source, row, data.text_field, data.subset_field, whole_records)
         elif what := pointer(source):
             yield Problem(source, 0, what, whole_file=True)
         elif source.endswith(".parquet"):
@@ -48,7 +48,7 @@ def read_documents(
         elif source.endswith(".txt"):
             yield _document({"text": Path(source).read_bytes()}, source, 1, "text", "")
         else:
-            yield from _json_lines(source, data)
+            yield from _json_lines(source, data, whole_records)
 
 
 def check_files(files: str | list[str], key: str) -> None:
@@ -114,7 +114,9 @@ def gone(files: str | list[str]) -> list[str]:
     ]
 
 
-def _document(record: object, file: str, line: int, text_field: str, subset_field: str) -> Document | Problem:
+def _document(
+    record: object, file: str, line: int, text_field: str, subset_field: str, whole: bool = False
+) -> Document | Problem:
     """A document of a decoded record, or what keeps it from being one."""
     if not isinstance(record, dict):
         return Problem(file, line, "not a JSON object")
@@ -137,7 +139,7 @@ def _document(record: object, file: str, line: int, text_field: str, subset_fiel
         return Problem(file, line, "no UTF-8: control characters, UTF-16 without a byte order mark, or ISO-2022")
     if not text or text.isspace():
         return Problem(file, line, "empty text")
-    return Document(text, subset, file, line, record)
+    return Document(text, subset, file, line, record if whole else None)
 
 
 def _field(record: object, dotted: str) -> Any:
@@ -155,7 +157,7 @@ def _field(record: object, dotted: str) -> Any:
     return record
 
 
-def _json_lines(file: str, data: DataConfig) -> Iterator[Document | Problem]:
+def _json_lines(file: str, data: DataConfig, whole_records: bool) -> Iterator[Document | Problem]:
     """A document or a problem a line, blank lines at the end apart. Lines are split and decoded here: one bad byte
     costs one line, not the file."""
     line, blank, found = 0, 0, False
@@ -173,7 +175,7 @@ def _json_lines(file: str, data: DataConfig) -> Iterator[Document | Problem]:
             except (ValueError, RecursionError):
                 yield Problem(file, line, "malformed JSON") if ended else _cut(file, line)
             else:
-                yield _document(record, file, line, data.text_field, data.subset_field)
+                yield _document(record, file, line, data.text_field, data.subset_field, whole_records)
         if not found:
             yield Problem(file, 0, "empty file")
     except (EOFError, zlib.error, zstandard.ZstdError):
@@ -203,7 +205,7 @@ def _parquet(file: str, data: DataConfig, whole_records: bool) -> Iterator[Docum
                 except UnicodeDecodeError:
                     yield Problem(file, row, "not valid UTF-8")
                 else:
-                    yield _document(record, file, row, data.text_field, data.subset_field)
+                    yield _document(record, file, row, data.text_field, data.subset_field, whole_records)
         if row == 0:
             yield Problem(file, 0, "empty file")
     except (pa.ArrowException, OSError):

@@ -15,7 +15,7 @@ class Document:
     line: int
     """Where it starts: line of the file, or row (hub, parquet), from 1."""
     record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
-    """What it was made of, where that is more than its text (of parquet only with `whole_records`)."""
+    """What it was made of, where that is more than its text; only if asked for, or it would fill the memory."""
 
 
 @dataclass(frozen=True)

@@ -119,10 +119,7 @@ def records_of(config: Config, kept: pd.DataFrame) -> Iterator[dict[str, Any]]:
             number, row = found
             own = {"document_id": number, "times_read": row.times_read, "times_trained": row.times_trained}
             own |= {name: None if pd.isna(value := getattr(row, name)) else float(value) for name in ("score", "loss")}
-            record = document.record or {}
-            if not isinstance(record.get(config.data.text_field, ""), str):  # a text file, read as bytes
-                record = {}
-            yield {config.data.text_field: document.text, **record, VALUES: own}
+            yield {**(document.record or {config.data.text_field: document.text}), VALUES: own}
     if values:
         file, line = next(iter(values))
         raise ValueError(
