@@ -26,5 +26,5 @@ def pretrained(name: str) -> tuple[str, dict[str, Any]]:
     if not name.endswith(".gguf"):
         return name, {}
     if importlib.util.find_spec("gguf") is None:
-        raise ValueError(f"{name} is a GGUF file, which the gguf package reads: pip install gguf")
+        raise ValueError(f"{name} is a GGUF file, which the gguf package reads: pip install 'gguf>=0.19'")
     return str(Path(name).parent), {"gguf_file": Path(name).name}

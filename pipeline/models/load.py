@@ -16,7 +16,7 @@ from pipeline.config.schema import ModelConfig
 from pipeline.models.adapters import add_adapter, add_alike
 from pipeline.models.dropout import set_dropout
 from pipeline.models.trainable import freeze_alike, freeze_all_but
-from pipeline.models.weights import check_weights
+from pipeline.models.weights import check_weights, dequantized
 
 
 def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
@@ -40,7 +40,8 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
             model = _from_scratch(config, zero3=is_deepspeed_zero3_enabled())
         else:
             name, options = pretrained(config.name_or_path)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options, **_attention(config))
+            options = dequantized(options) | _attention(config)
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise _no_model(config, error) from error
     del zero3

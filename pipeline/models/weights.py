@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from pipeline.config.paths import pretrained
 from pipeline.config.schema import ModelConfig
@@ -27,8 +27,15 @@ def check_weights(config: ModelConfig) -> None:
     name, options = pretrained(config.name_or_path)
     refuse_pointers(name)
     with one_sentence(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, device_map="meta", output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, device_map="meta", output_loading_info=True, **dequantized(options)
+        )
     refuse_incomplete(config, loaded[1])
+
+
+def dequantized(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` of `from_pretrained` for weights that are trained: a GGUF file's may else stay packed."""
+    return options | {"quantization_config": GgufConfig(dequantize=True)} if options else {}
 
 
 def refuse_pointers(directory: str) -> None:
