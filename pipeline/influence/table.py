@@ -150,6 +150,13 @@ def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, 
             "nothing; set passes to one"
         )
     zero = settings.get("zero_optimization", {})
+    elsewhere = [key for key in ("offload_param", "offload_optimizer") if zero.get(key, {}).get("device") == "nvme"]
+    elsewhere += ["zero_hpz_partition_size"] * (int(zero.get("zero_hpz_partition_size", 1)) > 1)
+    if name == "lookahead" and elsewhere:
+        raise ValueError(
+            f"estimator 'lookahead' moves every rank's own part of the weights, of which {elsewhere[0]} keeps another "
+            "copy, or on NVMe: leave it out of the DeepSpeed JSON, or choose another estimator"
+        )
     if owns_accumulation(influence, policy) and zero.get("stage", 0) == 1 and zero.get("overlap_comm"):
         what = f"estimator '{name}'" if kind.after_backward else "influence.passes 'score_first'"
         raise ValueError(

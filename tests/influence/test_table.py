@@ -166,6 +166,23 @@ def test_lookahead_goes_with_a_pool_or_scoring_first_and_adam():
         replace(influence, reference="batch")
 
 
+@pytest.mark.parametrize(
+    "zero",
+    [
+        {"zero_hpz_partition_size": 8},
+        {"offload_param": {"device": "nvme"}},
+        {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}},
+    ],
+)
+def test_lookahead_wants_the_only_copy_of_the_weights_in_memory(zero):
+    influence, policy = configs("lookahead", reference="validation", rule="top")
+    with pytest.raises(ValueError, match=f"of which {next(iter(zero))} keeps another copy, or on NVMe: leave it out"):
+        check(influence, policy, ADAM | {"zero_optimization": {"stage": 3} | zero})
+    in_memory = {"stage": 3, "offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
+    check(influence, policy, ADAM | {"zero_optimization": in_memory})
+    check(*configs("lai"), ADAM | {"zero_optimization": {"stage": 3} | zero})
+
+
 def test_a_prefix_is_scored_where_that_saves_something():
     influence, policy = configs("lai", rule="top")
     check(replace(influence, score_prefix=0.5), policy, ADAM)

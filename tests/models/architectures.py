@@ -383,8 +383,11 @@ def compare_loss(model: PreTrainedModel, batch: Batch) -> Cell:
     ids = batch.input_ids_BT
     labels = next_token_labels(ids)
     try:
-        own = model(input_ids=ids, labels=ids, use_cache=False).loss
         logits = logits_of(model, ids)
+        try:
+            own = model(input_ids=ids, labels=ids, use_cache=False).loss
+        except ValueError:  # Git counts tokens of an image that there is not
+            return Cell(said="its own raises")
         ours = token_losses(logits, labels)[0].sum() / (labels != IGNORE).sum()
         if own is None:
             return Cell(said="has none")
@@ -392,6 +395,8 @@ def compare_loss(model: PreTrainedModel, batch: Batch) -> Cell:
             return Cell(error, state="exact")
         if error_of(own, F.cross_entropy(logits.flatten(0, 1), ids.flatten())) < EXACT:
             return Cell(said="its own does not shift labels")
+        if getattr(model.config, "ngram", 1) > 1:  # ProphetNet
+            return Cell(said="its own is of several tokens ahead")
         return Cell(error, state="wrong")
     except (TimeoutError, KeyboardInterrupt):
         raise
