@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ def test_the_tree_names_every_module_and_what_it_says_of_itself():
             first = re.split(r"(?<=[.?:])\n|\n\n", ast.get_docstring(ast.parse(source)) or "")[0].replace("\n", " ")
             assert told.pop(str(path.relative_to(ROOT / "pipeline"))) == first
     assert not told
+
+
+def test_every_command_has_a_script():
+    """`pip install .` puts `lai-train` on the path beside `python -m pipeline.train`."""
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    doors = {path.stem for path in (ROOT / "pipeline").glob("*.py")} - {"__init__"}
+    assert scripts == {f"lai-{door.replace('_', '-')}": f"pipeline.{door}:main" for door in doors}
+    assert all("def main(argv" in (ROOT / "pipeline" / f"{door}.py").read_text() for door in doors)
 
 
 def test_the_readme_fits_into_two_screens():
