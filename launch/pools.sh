@@ -25,16 +25,15 @@ if [[ "${arms[*]}" == *rho* ]] && [ ! -f "$out/reference/summary.json" ]; then
   python -m pipeline.train --config $config "${shared[@]}" --data.prepared_dir "$out/reference_data" \
     --data.train_files "$subsets/train/$target.jsonl" --data.reference_files null --data.max_sequences null \
     --model.tokenizer "$out/data/tokenizer" --run_dir "$out/reference" --influence.estimator none \
-    --policy.rule threshold --policy.pool null --max_steps 60
+    --influence.reference batch --policy.rule threshold --policy.pool null --max_steps 60
 fi
 runs=()
 for seed in "${seeds[@]}"; do
   for arm in "${arms[@]}"; do
     IFS=, read -ra settings <<<"influence.estimator=$arm"
     case "$arm" in
-      random* | loss*) ;;
-      rho*) settings+=("influence.reference_model=$out/reference/model") ;;
-      *) settings+=("influence.reference=validation") ;;
+      random* | loss*) settings+=("influence.reference=batch") ;;
+      rho*) settings+=("influence.reference=batch" "influence.reference_model=$out/reference/model") ;;
     esac
     run="$out/$arm/seed-$seed"
     runs+=("$run")

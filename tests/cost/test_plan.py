@@ -332,7 +332,7 @@ def test_adam_states_reading_is_shared_out(tiny_model, tmp_path):
     [
         (
             {"influence__scope": "step", "influence__passes": "score_first"},
-            "set influence.reference to batch or running, influence.scope to micro_step and influence.passes to one",
+            "set influence.reference to batch or running, influence.scope to micro_step, influence.passes to one",
             [{"influence__scope": "micro_step", "influence__passes": "one"}],
         ),
         (

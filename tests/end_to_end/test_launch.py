@@ -75,6 +75,7 @@ def test_killed_at_a_random_step_and_resumed_equals_an_unbroken_run(corpus, tiny
     assert largest_difference(*models) == 0
 
 
+@pytest.mark.slow
 def test_sigterm_at_one_rank_becomes_a_checkpoint_at_all_of_them(corpus, tiny_model, tmp_path):
     config = job(corpus, tmp_path, tiny_model("llama"), "stopped", max_steps=5000, checkpoint__every_steps=5)
     process = deepspeed("pipeline.train", config)

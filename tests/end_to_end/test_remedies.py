@@ -94,6 +94,7 @@ def test_documents_that_are_not_finite_can_be_left_out_and_the_run_goes_on(
     assert starts_of(tmp_path / "run")[1].leave_out == documents
 
 
+@pytest.mark.slow
 def test_leaving_out_documents_is_training_without_their_tokens_on_any_number_of_ranks(
     ranks, one_rank, corpus, tiny_model, tmp_path
 ):

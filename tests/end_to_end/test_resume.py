@@ -44,7 +44,7 @@ def rates(run_dir: Path) -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars("train/lr")}
 
 
-@pytest.mark.parametrize("stage", [0, pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 3))])
 def test_the_rate_of_the_json_is_applied_from_the_first_resumed_step(ranks, config_for, tmp_path, stage):
     """Catches the rate in the checkpoint's parameter groups, which DeepSpeed goes on with."""
     ranks(run, config_for("run", stage, max_steps=2, **ALL_ALIKE))

@@ -55,12 +55,12 @@ def test_weights_and_configs(tmp_path):
     assert load_model(ModelConfig(str(settings.rename(tmp_path / "config.json"))), 0)
 
 
-def test_dropout_can_be_set_to_0_in_its_config(tmp_path):
-    directory = save_tiny("gpt_neo_with_dropout", tmp_path / "model")
-    refused("Set them to 0 in its config.json", refuse_dropout, load_model(ModelConfig(str(directory)), 0))
-    settings = json.loads((directory / "config.json").read_text())
-    (directory / "config.json").write_text(json.dumps(settings | {"resid_dropout": 0.0}))
-    refuse_dropout(load_model(ModelConfig(str(directory)), 0))
+def test_dropout_can_be_set_to_0(tmp_path):
+    directory = str(save_tiny("gpt_neo_with_dropout", tmp_path / "model"))
+    refused(
+        "Set model.dropout to 0, or policy.action to observe", refuse_dropout, load_model(ModelConfig(directory), 0)
+    )
+    refuse_dropout(load_model(ModelConfig(directory, dropout=0.0), 0))
 
 
 def test_an_encoder_needs_is_decoder_true():

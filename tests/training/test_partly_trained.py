@@ -24,7 +24,7 @@ def is_trained(name: str) -> bool:
     return ".layers.1." in name
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_what_is_frozen_is_neither_scored_nor_moved_nor_lost(ranks, corpus, tiny_model, tmp_path, stage):
     """Catches frozen parameters handed to the optimizer, left out of a checkpoint or of the export, or asked for their
     second moments; and a resume that does not go on as an unbroken run."""
