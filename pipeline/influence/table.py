@@ -150,8 +150,8 @@ def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, 
             "nothing; set passes to one"
         )
     zero = settings.get("zero_optimization", {})
-    elsewhere = [key for key in ("offload_param", "offload_optimizer") if zero.get(key, {}).get("device") == "nvme"]
-    elsewhere += ["zero_hpz_partition_size"] * (int(zero.get("zero_hpz_partition_size", 1)) > 1)
+    elsewhere = [key for key in ("offload_param", "offload_optimizer") if (zero.get(key) or {}).get("device") == "nvme"]
+    elsewhere += ["zero_hpz_partition_size"] * ((zero.get("zero_hpz_partition_size") or 1) > 1)
     if name == "lookahead" and elsewhere:
         raise ValueError(
             f"estimator 'lookahead' moves every rank's own part of the weights, of which {elsewhere[0]} keeps another "

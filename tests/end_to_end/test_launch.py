@@ -105,6 +105,7 @@ def test_a_dry_run_rehearses_everything_and_keeps_nothing(corpus, tiny_model, tm
     assert not list(tmp_path.glob("dry*/"))
 
 
+@pytest.mark.slow
 def test_help_explains_every_key_and_unknown_ones_are_refused_by_name(corpus, tiny_model, tmp_path):
     shown = command("pipeline.train", "--help")
     assert shown.returncode == 0

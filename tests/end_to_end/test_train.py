@@ -303,7 +303,7 @@ def test_losses_scores_and_decisions_are_the_same_at_every_stage(ranks, corpus, 
         assert other["kept"].equals(first["kept"]), name
 
 
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_a_resumed_run_equals_an_unbroken_one_exactly(ranks, corpus, tiny_model, tmp_path, stage):
     """Catches a lost data position, running average, optimizer or dropout state, and rows recorded twice."""
     run_dir = tmp_path / "run"

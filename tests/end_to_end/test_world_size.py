@@ -126,7 +126,7 @@ def test_a_plain_process_goes_on_where_two_ranks_had_finished(ranks, config_for,
     assert positions == list(range((STEPS + 2) * 2 * GLOBAL_MICRO_BATCH))
 
 
-@pytest.mark.parametrize(("before", "after"), [(3, 2), (2, 3), (2, 0), (0, 1)])
+@pytest.mark.parametrize(("before", "after"), [pytest.param(3, 2, marks=pytest.mark.slow), (2, 3), (2, 0), (0, 1)])
 def test_other_changes_of_stage_are_refused_and_the_remedy_works(ranks, config_for, finished, tmp_path, before, after):
     run_dir = tmp_path / "run"
     shutil.copytree(finished(ranks, before, 2), run_dir)

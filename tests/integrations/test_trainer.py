@@ -140,7 +140,7 @@ def made_up(count: int, length: int = 16) -> list[dict[str, Any]]:
     [
         (0, {"influence__passes": "score_first"}, OURS),
         (2, {"influence__reference": "running"}, {}),
-        (3, {"influence__estimator": "ghost"}, OURS),
+        pytest.param(3, {"influence__estimator": "ghost"}, OURS, marks=pytest.mark.slow),
         (2, {"influence__precondition": "adam_state", "influence__adam_every_steps": 1}, {"optimizer": ADAM}),
     ],
 )

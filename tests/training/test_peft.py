@@ -19,7 +19,7 @@ from tests.training.test_partly_trained import run_until
 STEPS = 3
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_adapter_is_trained_scored_resumed_and_exported(ranks, corpus, tiny_model, tmp_path, stage):
     """Catches an adapter that each rank draws for itself, a base in the checkpoint's second moments or moved, and an
     export that does not fit its base."""

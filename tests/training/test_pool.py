@@ -133,7 +133,7 @@ def test_scores_against_a_validation_set_are_those_of_one_process(ranks, pool, e
         np.testing.assert_allclose(scores[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("estimator", ["lai", "lookahead"])
+@pytest.mark.parametrize("estimator", [pytest.param("lai", marks=pytest.mark.slow), "lookahead"])
 def test_one_rank_decides_as_two(ranks, one_rank, pool, estimator):
     """Catches a pool that depends on who read what, and a reference that each rank has its own of."""
     tables = []
@@ -149,7 +149,7 @@ def test_one_rank_decides_as_two(ranks, one_rank, pool, estimator):
     assert (tables[0]["sample_id"] == tables[1]["sample_id"]).all()
 
 
-@pytest.mark.parametrize("estimator", ["lai", "lookahead"])
+@pytest.mark.parametrize("estimator", [pytest.param("lai", marks=pytest.mark.slow), "lookahead"])
 def test_a_pool_stopped_twice_goes_on_as_the_unbroken_one(ranks, pool, estimator):
     """Catches a resume that reads from where it trained, not from where it read."""
     options: dict[str, Any] = {"optimizer": ADAM, "checkpoint__every_steps": 1, "max_steps": 4}

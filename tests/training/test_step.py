@@ -66,7 +66,7 @@ def plain_training(config: Config, rows: Any) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 @pytest.mark.parametrize("scope", ["micro_step", "step"])
 def test_the_corrective_pass_leaves_the_gradient_of_what_was_kept(ranks, corpus, tiny_model, tmp_path, stage, scope):
     """Catches a correction with another denominator, one that replaces the gradient, and ranks that miss one."""
@@ -129,7 +129,7 @@ def per_sample_gradients(model: Any, batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(stage, marks=pytest.mark.slow) for stage in (1, 2)), 3])
 def test_ghost_scores_in_the_ledger_are_inner_products_of_true_gradients(
     ranks, corpus, tiny_model, tmp_path, stage, checkpointing
 ):
@@ -176,7 +176,7 @@ def moments_after(config: Config, steps: int) -> dict[str, tuple[Tensor, Tensor]
         (1, BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}, 0.1),  # DeepSpeed has an optimizer for just that
     ],
 )
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_second_moments_are_those_of_one_processs_adam(
     ranks, corpus, tiny_model, tmp_path, kind, stage, precision, tolerance
 ):
@@ -283,7 +283,7 @@ def stop_and_resume(config: Config, other: Config) -> None:
     train(other)
 
 
-@pytest.mark.parametrize("reference", ["batch", "running", "validation"])
+@pytest.mark.parametrize("reference", [pytest.param("batch", marks=pytest.mark.slow), "running", "validation"])
 def test_a_resumed_run_scores_as_an_unbroken_one(ranks, corpus, tiny_model, tmp_path, reference):
     files = {"data__reference_files": corpus / "documents.jsonl", "data__prepared_dir": corpus / "prepared_reference"}
     common = {
