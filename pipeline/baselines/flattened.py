@@ -19,7 +19,8 @@ def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
     With A_l and b_l the inputs and output gradients of layer l so flattened, `ghost_flattened` is the sum over l of
     <A_l j, A_l z> <b_l j, b_l z>, and `lai_flattened` has the head's b, the logit gradient, for all. Tokens meet only
     tokens at the same position, so they are the inner products of gradients for sequences of one label only.
-    `logit_gradient_norm` is on the diagonal: the root of the sum over tokens of |g_t|^2.
+    `logit_gradient_norm` is on the diagonal: the root of the sum over tokens of |g_t|^2. Raises ValueError where the
+    head is frozen.
     """
     inputs: dict[str, Tensor] = {}
     gradients: dict[str, Tensor] = {}
@@ -34,6 +35,7 @@ def flattened_grams(model: PreTrainedModel, batch: Batch) -> dict[str, Tensor]:
             output.register_hook(lambda gradient: gradients.update({name: gram(gradient)}))
 
     layers = layers_of(model)
+    layers.want_trained_head("a flattened form")
     with hooks(after=[(layer.module, partial(read, name)) for name, layer in layers.linear.items()]):
         forward_losses(model, batch).sum().backward()
     model.zero_grad()

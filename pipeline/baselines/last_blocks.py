@@ -31,9 +31,11 @@ def partial_backward_gram(model: PreTrainedModel, batch: Batch, last: int, means
     e' is e taken through the first block, too: first to its output, in proportion to the root mean squares of the
     residual stream there and where e is, as a network behind norms does not see its scale. The embedding's is a
     large part of the whole gradient. A model of at most last + 1 blocks has the word embedding's part, one of at most
-    `last` has all of it exact. `means`: in Adam's geometry, as `ghost` and `residual` are.
+    `last` has all of it exact. `means`: in Adam's geometry, as `ghost` and `residual` are. Raises ValueError where the
+    head is frozen.
     """
     stack, found = list(blocks(model)), layers_of(model)
+    found.want_trained_head("a form with exact last blocks")
     layers, head, words = found.linear, found.head.name, found.words
     deep = {id(module) for block in stack[-last:] for module in block.modules()}
     inputs: dict[str, Tensor] = {}

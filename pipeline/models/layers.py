@@ -38,6 +38,14 @@ class Layers:
     def linear_weights(self) -> set[str]:
         return _weights_of(self.linear.values())
 
+    def want_trained_head(self, what: str) -> None:
+        """Raises ValueError where `what` is of the head's own gradient, and the head is frozen."""
+        if self.head.name not in self.linear:
+            raise ValueError(
+                f"{what} compares by the LM head's own gradient, and {self.head.weight} is frozen: leave it out of "
+                "fidelity.estimators, or train the head (model.trainable)"
+            )
+
     @property
     def body(self) -> Mapping[str, Layer]:
         """All linear maps but the head."""

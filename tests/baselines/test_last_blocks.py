@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from pipeline.baselines.flattened import flattened_grams
 from pipeline.baselines.last_blocks import partial_backward_gram
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.influence.adam import adam_factors
@@ -85,3 +86,15 @@ def test_through_the_last_block_alone_the_others_get_what_leaves_it(batch, kind)
         *gradients, between = torch.autograd.grad(loss, [*exact, seen["between"]])
         parts.append([*gradients, *(torch.einsum("ti,td->id", seen[name], between[0]) for name in sorted(first))])
     assert close(partial_backward_gram(model, batch, 1, None), gram(parts))
+
+
+def test_forms_of_the_heads_own_gradient_want_it_trained(batch):
+    """Catches a traceback where the head is frozen; trained, they are to be had."""
+    model = larger("llama")
+    model.lm_head.weight.requires_grad_(False)
+    for form in (lambda: partial_backward_gram(model, batch, 1, None), lambda: flattened_grams(model, batch)):
+        with pytest.raises(ValueError, match=r"lm_head\.weight is frozen: leave it out of fidelity\.estimators, or"):
+            form()
+        model.lm_head.weight.requires_grad_(True)
+        form()
+        model.lm_head.weight.requires_grad_(False)
