@@ -297,6 +297,8 @@ class ObserveConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """The run"""
+
     run_dir: str
     """Where the run lives: config.yaml (one of every start, too), checkpoints/, ledger/, tensorboard/, model/,
     summary.json."""
