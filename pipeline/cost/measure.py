@@ -90,6 +90,10 @@ def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
     found = {PLAIN: replace(config, influence=plain, policy=rule)}
     for name in names:
         estimator, _, precondition = name.partition("/")
+        if estimator == "rho":
+            raise ValueError(
+                "benchmark.estimators: 'rho' costs one forward of its reference model more, which is not measured here"
+            )
         chosen: dict[str, Any] = {
             "estimator": "ghost" if name == EXACT else estimator,
             "precondition": precondition or "none",
@@ -99,10 +103,6 @@ def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
             raise ValueError(f"benchmark.estimators: '{name}': no '{precondition}'; there are {', '.join(known)}")
         base, policy = (plain, rule) if estimator == "none" else (influence, config.policy)
         found[name] = replace(config, influence=replace(base, **chosen), policy=policy)
-        if estimator == "rho":
-            raise ValueError(
-                "benchmark.estimators: 'rho' costs one forward of its reference model more, which is not measured here"
-            )
         try:
             check_config(found[name], settings)
         except ValueError as error:
