@@ -26,7 +26,7 @@ runs=()
 for seed in "${seeds[@]}"; do
   for arm in "${arms[@]}"; do
     IFS=, read -ra settings <<<"influence.estimator=$arm"
-    run="$out/$arm/seed-$seed"
+    run="$out/${arm//\//.}/seed-$seed"
     runs+=("$run")
     if [ -f "$run/summary.json" ]; then
       echo "$run is done"

@@ -4,6 +4,7 @@ python launch/pool_table.py "PubMed Abstracts" OUT_DIR/ARM/seed-N ...
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -21,7 +22,7 @@ for run in map(Path, runs):
     kept = ledger.read(run).to_pandas().query("kept")
     rows.append(
         {
-            "arm": run.parent.name,
+            "arm": re.sub(",influence.reference(_model)?=[^,]*", "", run.parent.name),
             "seed": run.name,
             "target": subsets[target]["bits_per_byte"],
             "other": sum(row["bits_per_byte"] * row["tokens"] for row in others) / tokens,

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Does choosing pay? Candidate pools under several arms, each at several seeds: arms of one seed read the same sequences
-# in the same order and differ in what they keep. Ends with a table of each arm beside `random`.
+# in the same order and differ in what they keep. Ends with a table of each arm beside `random`. See launch/arms.sh.
 #   bash launch/pools.sh "TARGET SUBSET" OUT_DIR "ARM ..." "SEED ..." [--section.key value ...]
 #   bash launch/pools.sh "PubMed Abstracts" runs/pools/pubmed "random lai rho lookahead" "0 1 2" --policy.pool 4
 # ARM: an estimator, and what else to set, after commas. Estimators that compare do so with TARGET's documents among the
@@ -19,26 +19,19 @@ subsets=runs/data/subsets
 
 [ -f "$subsets/train/$target.jsonl" ] || python launch/by_subset.py $subsets/train $pile/train/02.jsonl.zst
 [ -f "$subsets/val/$target.jsonl" ] || python launch/by_subset.py $subsets/val $pile/val.jsonl.zst
-shared=(--data.prepared_dir "$out/data" --data.reference_files "$subsets/train/$target.jsonl")
-python -m pipeline.prepare --config $config "${shared[@]}" "${@:5}"
 if [[ "${arms[*]}" == *rho* ]] && [ ! -f "$out/reference/summary.json" ]; then
-  python -m pipeline.train --config $config "${shared[@]}" --data.prepared_dir "$out/reference_data" \
+  python -m pipeline.train --config $config --run_dir "$out/reference" --data.prepared_dir "$out/reference_data" \
     --data.train_files "$subsets/train/$target.jsonl" --data.reference_files null --data.max_sequences null \
-    --model.tokenizer "$out/data/tokenizer" --run_dir "$out/reference" --influence.estimator none \
-    --influence.reference batch --policy.rule threshold --policy.pool null --max_steps 60
+    --influence.estimator none --influence.reference batch --policy.rule threshold --policy.pool null --max_steps 60
 fi
-runs=()
-for seed in "${seeds[@]}"; do
-  for arm in "${arms[@]}"; do
-    IFS=, read -ra settings <<<"influence.estimator=$arm"
-    case "$arm" in
-      random* | loss*) settings+=("influence.reference=batch") ;;
-      rho*) settings+=("influence.reference=batch" "influence.reference_model=$out/reference/model") ;;
-    esac
-    run="$out/$arm/seed-$seed"
-    runs+=("$run")
-    [ -f "$run/summary.json" ] || python -m pipeline.train --config $config "${shared[@]}" --run_dir "$run" \
-      --seed "$seed" --resume auto "${settings[@]/#/--}" "${@:5}"
-  done
+named=()
+for arm in "${arms[@]}"; do
+  case "$arm" in
+    random* | loss*) arm+=,influence.reference=batch ;;
+    rho*) arm+=,influence.reference=batch,influence.reference_model=$out/reference/model ;;
+  esac
+  named+=("$arm")
 done
-python launch/pool_table.py "$target" "${runs[@]}"
+bash launch/arms.sh $config "$out" "${named[*]}" "${seeds[*]}" \
+  --data.reference_files "$subsets/train/$target.jsonl" "${@:5}"
+python launch/pool_table.py "$target" "$out"/*/seed-*

@@ -7,10 +7,11 @@ Exit code 2, with a message, where there is no such step or document.
 """
 
 import argparse
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
@@ -36,15 +37,29 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _print(found: Explained) -> None:
+    """A line a row, whatever the width: what does not fit of a source or a text is cut."""
     console = Console()
-    table = Table(title=found.title, title_justify="left")
+    table = Table(title=found.title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False, expand=True)
     for column in found.rows.columns:
-        table.add_column(str(column), overflow="fold")
+        wide = {"source": 3, "text": 2}.get(str(column))
+        table.add_column(
+            str(column),
+            justify="left" if wide or column in ("subset", "reason") else "right",
+            ratio=wide,
+            no_wrap=True,
+            overflow="ellipsis",
+        )
     for row in found.rows.itertuples(index=False):
-        table.add_row(*("-" if value is None or value is pd.NA or value != value else str(value) for value in row))
+        table.add_row(*map(_shown, row))
     console.print(table)
     if found.text:
         console.print(found.text, markup=False, highlight=False)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return "-" if math.isnan(value) else f"{value:.4g}"
+    return str(value)
 
 
 if __name__ == "__main__":

@@ -10,41 +10,18 @@ from typing import Any
 
 from pipeline.config import cli
 from pipeline.config.cli import exit_on_refused_file, exit_on_user_error
-from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.ownership import owned
 from pipeline.config.schema import Config
-from pipeline.data.leave_out import left_out
-from pipeline.data.prepared import load_fingerprint, load_report, load_split
-from pipeline.data.samples import Samples
 from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.agreement import startup_identity
-from pipeline.engine.checkpoints import (
-    Progress,
-    find_checkpoint,
-    identity_of,
-    move_aside,
-    publish,
-    refuse_foreign,
-    refuse_foreign_run_dir,
-    settings_of,
-)
-from pipeline.engine.json_check import check_deepspeed_json, notes
+from pipeline.engine.checkpoints import publish, refuse_foreign_run_dir
 from pipeline.engine.lost_contact import exit_on_lost_contact
-from pipeline.engine.resume import changed_settings, refuse_earlier_end
-from pipeline.influence.table import check_effect, owns_accumulation
-from pipeline.models.adapters import adapter_settings
-from pipeline.models.load import load_model
-from pipeline.models.reference_model import load_reference_model
-from pipeline.record.recorder import Recorder
-from pipeline.record.starts import Start, keep_start
 from pipeline.record.summary import print_summary
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
-from pipeline.training.influence_engine import InfluenceEngine
-from pipeline.training.model_check import check_before_training
-from pipeline.training.preparing import prepare_on_rank_0
-from pipeline.training.rules import check_run, without_effect
+from pipeline.training.rules import check_run
+from pipeline.training.start import begin
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -68,65 +45,10 @@ def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
 def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     end = until or config.max_steps
     with exit_on_user_error("pipeline.train"):
-        settings = read_deepspeed_config(config)
-        check_deepspeed_json(config, settings)
-        prepare_on_rank_0(config)
-        rank, world, device = collectives.rank(), collectives.world_size(), launch.device()
-        leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
-        collectives.agree({"data.leave_out": str(leave_out)})
-        said = notes(config, settings) + check_effect(config, settings, world) + without_effect(config)
-        checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))
-        written_under, changed = settings, list[str]()
-        if owns_accumulation(config.influence, config.policy):
-            settings["managed_gradient_accumulation"] = False
-        if checkpoint:
-            refuse_earlier_end(checkpoint, end)
-            settings = deepspeed_engine.config_to_load(checkpoint, identity_of(checkpoint)["engine"], settings)
-            changed = changed_settings(checkpoint, settings_of(checkpoint), written_under)
-        train_split = load_split(config.data.prepared_dir, "train")
-        samples = Samples(train_split, config.seed, config.influence.unit, leave_out)
-        reference = None
-        if config.influence.reference == "validation":
-            reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
-        model = load_model(config.model, config.seed, settings)
-        check_before_training(config, model)
-        ds_engine = deepspeed_engine.initialize(model, settings)
-        reference_model = None
-        if config.influence.reference_model:
-            reference_model = deepspeed_engine.frozen(load_reference_model(config, settings), ds_engine, settings)
-        engine = InfluenceEngine(
-            ds_engine,
-            config.influence,
-            config.policy,
-            config.seed,
-            reference,
-            norms_every_steps=config.observe.every_steps,
-            audit_every_steps=config.observe.audit_every_steps,
-            reference_model=reference_model,
-        )
-        identity = {
-            "seed": config.seed,
-            "unit": config.influence.unit,
-            "engine": deepspeed_engine.identity(ds_engine),
-            "dataset": load_fingerprint(config.data.prepared_dir),
-        } | ({"adapter": adapter_settings(config.model.peft)} if config.model.peft else {})
-        progress = Progress({}, {})
-        if checkpoint:
-            refuse_foreign(checkpoint, identity)
-            progress = Progress(**deepspeed_engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
-            changed += engine.load_state_dict(progress.influence)
-
-        def open_records() -> Recorder:
-            for what in [f"note: {each}" for each in said] + [f"resume: {each}" for each in changed]:
-                print(what, flush=True)
-            if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
-                move_aside(Path(config.run_dir))
-            where = (engine.step, engine.position, world, engine.size * world, engine.micro_batches)
-            pool = config.policy.pool or 1
-            keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool))
-            return Recorder(config, samples, engine.step)
-
-        recorder = collectives.on_rank_0(open_records)
+        run = begin(config, end)
+    ds_engine, engine, recorder = run.ds_engine, run.engine, run.recorder
+    progress, checkpoint = run.progress, run.checkpoint
+    rank, world, device = collectives.rank(), collectives.world_size(), launch.device()
 
     def hold_out() -> None:
         """Held-out figures of the model as it is, kept for the end and shown in TensorBoard."""
@@ -140,7 +62,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     stop, unhealthy = StopSignal(), 0
     while engine.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
         learning_rate = ds_engine.get_lr()[0]
-        batches = samples.micro_batches(engine.position, rank, world, engine.size, engine.micro_batches, device)
+        batches = run.samples.micro_batches(engine.position, rank, world, engine.size, engine.micro_batches, device)
         try:
             outcome = engine.train_step(batches, stop.requested)
         except FloatingPointError as error:
@@ -166,7 +88,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
                 # Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the
                 # other way round it would lose them.
                 recorder.commit(step)
-                publish(checkpoint, identity, config.checkpoint.keep, written_under)
+                publish(checkpoint, run.identity, config.checkpoint.keep, run.settings)
 
     summary = None
     if engine.step == end:

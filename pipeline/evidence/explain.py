@@ -58,8 +58,8 @@ def explain_document(run_dir: Path, document: int) -> Explained:
     own = rows[rows["document_id"] == document]
     source = sources.loc[document]
     title = (
-        f"document {document}: {source.file}:{source.line}, subset {source.subset}, {source.tokens} tokens; read in "
-        f"{len(own)} units, trained on in {int(own['kept'].sum())}"
+        f"document {document}: {source.file}:{source.line}, subset {source.subset}, {source.tokens} tokens; units that "
+        f"read it: {len(own)}, that trained on it: {int(own['kept'].sum())}"
     )
     shown = own[["step", "micro_step", "epoch", "position", "loss", "score", "weight", "reason"]]
     texts = _Texts(config)

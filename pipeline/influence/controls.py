@@ -10,7 +10,6 @@ from torch import Tensor
 from pipeline.data.batch import Batch
 
 _ALONE = "it compares with nothing"
-_ANOTHER = "it compares with influence.reference_model"
 _SIGN = "its scores all have one sign"
 
 

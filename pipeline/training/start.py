@@ -1,0 +1,115 @@
+"""All that is settled before a run's first step: what it reads, trains and goes on from, and where it is recorded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.deepspeed_json import read_deepspeed_config
+from pipeline.config.schema import Config
+from pipeline.data.leave_out import left_out
+from pipeline.data.prepared import load_fingerprint, load_report, load_split
+from pipeline.data.samples import Samples
+from pipeline.engine import collectives, deepspeed_engine
+from pipeline.engine.checkpoints import (
+    Progress,
+    find_checkpoint,
+    identity_of,
+    move_aside,
+    refuse_foreign,
+    settings_of,
+)
+from pipeline.engine.json_check import check_deepspeed_json, notes
+from pipeline.engine.resume import changed_settings, refuse_earlier_end
+from pipeline.influence.table import check_effect, owns_accumulation
+from pipeline.models.adapters import adapter_settings
+from pipeline.models.load import load_model
+from pipeline.models.reference_model import load_reference_model
+from pipeline.record.recorder import Recorder
+from pipeline.record.starts import Start, keep_start
+from pipeline.training.influence_engine import InfluenceEngine
+from pipeline.training.model_check import check_before_training
+from pipeline.training.preparing import prepare_on_rank_0
+from pipeline.training.rules import without_effect
+
+
+@dataclass
+class Run:
+    """A run that is about to go on from `engine.step`."""
+
+    samples: Samples
+    ds_engine: deepspeed_engine.DeepSpeedEngine
+    engine: InfluenceEngine
+    progress: Progress
+    checkpoint: Path | None
+    """What it goes on from."""
+    identity: dict[str, Any]
+    """What its checkpoints must have in common with whoever loads them."""
+    settings: dict[str, Any]
+    """The DeepSpeed JSON that it runs under."""
+    recorder: Recorder | None
+    """On rank 0 only."""
+
+
+def begin(config: Config, end: int) -> Run:
+    """Make or load all that `config` asks for, to run to step `end`. Collective. Raises ValueError, on all ranks, where
+    it does not go together, with each other or with the checkpoint."""
+    settings = read_deepspeed_config(config)
+    check_deepspeed_json(config, settings)
+    prepare_on_rank_0(config)
+    world = collectives.world_size()
+    leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
+    collectives.agree({"data.leave_out": str(leave_out)})
+    said = notes(config, settings) + check_effect(config, settings, world) + without_effect(config)
+    checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))
+    written_under, changed = settings, list[str]()
+    if owns_accumulation(config.influence, config.policy):
+        settings["managed_gradient_accumulation"] = False
+    if checkpoint:
+        refuse_earlier_end(checkpoint, end)
+        settings = deepspeed_engine.config_to_load(checkpoint, identity_of(checkpoint)["engine"], settings)
+        changed = changed_settings(checkpoint, settings_of(checkpoint), written_under)
+    train_split = load_split(config.data.prepared_dir, "train")
+    samples = Samples(train_split, config.seed, config.influence.unit, leave_out)
+    reference = None
+    if config.influence.reference == "validation":
+        reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
+    model = load_model(config.model, config.seed, settings)
+    check_before_training(config, model)
+    ds_engine = deepspeed_engine.initialize(model, settings)
+    reference_model = None
+    if config.influence.reference_model:
+        reference_model = deepspeed_engine.frozen(load_reference_model(config, settings), ds_engine, settings)
+    engine = InfluenceEngine(
+        ds_engine,
+        config.influence,
+        config.policy,
+        config.seed,
+        reference,
+        norms_every_steps=config.observe.every_steps,
+        audit_every_steps=config.observe.audit_every_steps,
+        reference_model=reference_model,
+    )
+    identity = {
+        "seed": config.seed,
+        "unit": config.influence.unit,
+        "engine": deepspeed_engine.identity(ds_engine),
+        "dataset": load_fingerprint(config.data.prepared_dir),
+    } | ({"adapter": adapter_settings(config.model.peft)} if config.model.peft else {})
+    progress = Progress({}, {})
+    if checkpoint:
+        refuse_foreign(checkpoint, identity)
+        progress = Progress(**deepspeed_engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
+        changed += engine.load_state_dict(progress.influence)
+
+    def open_records() -> Recorder:
+        for what in [f"note: {each}" for each in said] + [f"resume: {each}" for each in changed]:
+            print(what, flush=True)
+        if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
+            move_aside(Path(config.run_dir))
+        where = (engine.step, engine.position, world, engine.size * world, engine.micro_batches)
+        pool = config.policy.pool or 1
+        keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool))
+        return Recorder(config, samples, engine.step)
+
+    recorder = collectives.on_rank_0(open_records)
+    return Run(samples, ds_engine, engine, progress, checkpoint, identity, written_under, recorder)
