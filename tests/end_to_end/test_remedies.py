@@ -137,6 +137,7 @@ def test_no_checkpoint_is_spoken_of_where_there_is_none(ranks, corpus, tiny_mode
     ranks(run, config_of(corpus, tmp_path / "run", tiny_model("llama"), lower, max_steps=2))
 
 
+@pytest.mark.slow
 def test_a_policy_that_can_never_drop_is_refused_and_each_remedy_works(one_rank, corpus, tiny_model, tmp_path):
     def config(micro: int, name: str = "run", accumulation: int = 2, **overrides):
         deepspeed = deepspeed_json(tmp_path / f"{name}{micro}.json", 2, micro=micro, accumulation=accumulation)

@@ -133,7 +133,8 @@ def test_scores_against_a_validation_set_are_those_of_one_process(ranks, pool, e
         np.testing.assert_allclose(scores[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.parametrize("estimator", [pytest.param("lai", marks=pytest.mark.slow), "lookahead"])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["lai", "lookahead"])
 def test_one_rank_decides_as_two(ranks, one_rank, pool, estimator):
     """Catches a pool that depends on who read what, and a reference that each rank has its own of."""
     tables = []
@@ -210,7 +211,7 @@ def _losses(model: Any, batch: Any) -> Tensor:
         (0, {}),
         pytest.param(1, {}, marks=pytest.mark.slow),
         (2, {"optimizer": {"type": "Adam", "params": {"lr": 1e-2, "weight_decay": 0.1, "adam_w_mode": False} | TORCH}}),
-        (3, {}),
+        pytest.param(3, {}, marks=pytest.mark.slow),
         (3, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "kind": "gpt_neo"}),
     ],
 )

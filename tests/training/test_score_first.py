@@ -55,7 +55,11 @@ def trained_rows(config: Config) -> list[int]:
         (1, {"accumulation": 2, "influence__scope": "step"}),
         (2, {"accumulation": 2, "influence__unit": "document"}),
         pytest.param(3, {"accumulation": 2}, marks=pytest.mark.slow),
-        (3, {"accumulation": 2, "kind": "gpt_neo", "model__activation_checkpointing": True}),
+        pytest.param(
+            3,
+            {"accumulation": 2, "kind": "gpt_neo", "model__activation_checkpointing": True},
+            marks=pytest.mark.slow,
+        ),
         (2, {"micro": 1, "accumulation": 3, "policy__rate": 0.3, "influence__include_self": True}),
         (2, {"policy__action": "reweight"}),
         (2, {"influence__precondition": "adam_ema"}),
