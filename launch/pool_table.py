@@ -15,6 +15,9 @@ from pipeline.record import ledger
 target, *runs = sys.argv[1:]
 rows = []
 for run in map(Path, runs):
+    if not (run / "summary.json").exists():
+        print(f"{run} is not done and left out")
+        continue
     summary = json.loads((run / "summary.json").read_text())
     subsets = summary["evaluation_after"]["subsets"]
     others = [row for name, row in subsets.items() if name != target]

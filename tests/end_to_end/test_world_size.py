@@ -88,16 +88,15 @@ def assert_same_run(run_dir: Path, unbroken: Path) -> None:
 
 CHANGES = [
     (2, 1, 2, 2),
-    (1, 2, 3, 3),
-    (1, 2, 2, 2),
-    (2, 1, 3, 3),
-    (2, 2, 1, 2),
-    (2, 1, 2, 1),
-    (1, 2, 0, 0),
+    pytest.param(1, 2, 3, 3, marks=pytest.mark.slow),
+    pytest.param(1, 2, 2, 2, marks=pytest.mark.slow),
+    pytest.param(2, 1, 3, 3, marks=pytest.mark.slow),
+    pytest.param(2, 2, 1, 2, marks=pytest.mark.slow),
+    pytest.param(2, 1, 2, 1, marks=pytest.mark.slow),
+    pytest.param(1, 2, 0, 0, marks=pytest.mark.slow),
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after", "old_stage", "stage"), CHANGES)
 def test_a_run_goes_on_at_another_number_of_ranks_as_if_unbroken(
     ranks, one_rank, config_for, finished, tmp_path, before, after, old_stage, stage

@@ -133,8 +133,7 @@ def test_scores_against_a_validation_set_are_those_of_one_process(ranks, pool, e
         np.testing.assert_allclose(scores[0], expected, rtol=0, atol=1e-4 * np.abs(expected).max())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("estimator", ["lai", "lookahead"])
+@pytest.mark.parametrize("estimator", [pytest.param("lai", marks=pytest.mark.slow), "lookahead"])
 def test_one_rank_decides_as_two(ranks, one_rank, pool, estimator):
     """Catches a pool that depends on who read what, and a reference that each rank has its own of."""
     tables = []
