@@ -84,11 +84,17 @@ def test_the_best_of_all_ranks_candidates_are_trained_on_as_if_nothing_else_was_
     """Catches a pool of each rank's own, a step of another size, a backward of what was not chosen, gradients that
     the scoring leaves behind."""
     dropout = options.get("kind") == "gpt_neo_with_dropout"
-    config = pool(stage=stage, max_steps=3, **options)
-    ranks(run, config)
-    rows = ledger.read(Path(config.run_dir))
-    size, read = 4 * options.get("accumulation", 1), config.policy.pool
-    table = rows.to_pandas()
+    size = 4 * options.get("accumulation", 1)
+    for seed in range(20):  # in some orders of the corpus the best of all are as many on either rank, by chance
+        config = pool(f"run-{seed}", stage=stage, max_steps=3, seed=seed, data__seed=3, **options)
+        ranks(run, config)
+        rows = ledger.read(Path(config.run_dir))
+        table = rows.to_pandas()
+        if any(table[table["kept"] & (table["rank"] == 0)].groupby("step").size() != size // 2):
+            break
+    else:
+        pytest.fail("a pool of each rank's own")
+    read = config.policy.pool
     for step, part in table.groupby("step"):
         assert len(part) == size * read
         assert list(part["position"]) == list(range((step - 1) * size * read, step * size * read))
@@ -96,8 +102,6 @@ def test_the_best_of_all_ranks_candidates_are_trained_on_as_if_nothing_else_was_
         if not config.policy.temperature:
             assert part[part["kept"]]["score"].min() > part[~part["kept"]]["score"].max()
         assert set(part["reason"]) == {"", "top"}
-    of_rank_0 = [int(part[part["kept"] & (part["rank"] == 0)].shape[0]) for _, part in table.groupby("step")]
-    assert set(of_rank_0) != {size // 2} or options.get("influence__score_prefix"), "a pool of each rank's own"
     before, after = weights(Path(config.model.name_or_path)), weights(Path(config.run_dir, "model"))
     assert largest_difference(before, after) > 1e-2
     if not dropout:
