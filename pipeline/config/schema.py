@@ -157,8 +157,10 @@ class InfluenceConfig:
     `passes: score_first`)."""
     include_self: bool = True
     """Whether a unit's self-influence, always positive, is part of its score (the paper: yes)."""
-    unit: Literal["sequence", "document"] = "sequence"
-    """What is scored and dropped: a packed sequence, or each document's tokens inside it. Takes 4 K G bytes a unit."""
+    unit: Literal["sequence", "document", "token"] = "sequence"
+    """What is scored and dropped: a packed sequence, or each document's tokens inside it, which takes 4 K G bytes a
+    unit; or single tokens (lookahead, rho, loss, random), which takes 8 bytes a token on every rank. Of tokens the
+    ledger keeps a row a sequence: their mean score, and as weight the share of them that is kept."""
     sketch: Literal["none"] | SketchConfig = SketchConfig()
     """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
     precondition: Literal["none", "adam_ema", "adam_state"] = "none"

@@ -166,8 +166,13 @@ def invariance(config: Config, steps: int, only: str, timeout: float) -> bool:
     """Run the first `steps` optimizer steps of `config` in every variant whose name contains `only`, print how each
     compares with the first, and return whether all agree. `timeout`: seconds for one run.
 
-    Raises ValueError where the first does not run, or drops nothing.
+    Raises ValueError where the first does not run, or drops nothing, or what is dropped is not a row of the ledger.
     """
+    if config.influence.unit == "token":
+        raise ValueError(
+            "influence.unit 'token' leaves no row for each decision in the ledger, so there is nothing to compare: set "
+            "it to sequence or document"
+        )
     half = any(read_deepspeed_config(config).get(k, {}).get("enabled") for k in ("bf16", "fp16", "torch_autocast"))
     tolerance = HALF_TOLERANCE if half else FLOAT32_TOLERANCE
     # On CPUs, any number of ranks can share the cores.

@@ -24,7 +24,8 @@ NOISE = "planted noise"
 
 
 def comparable(rows: pd.DataFrame, scope: str) -> pd.DataFrame:
-    """The rows of a ledger with three more columns.
+    """The rows of a ledger, with the `units` that each is and those `removed` (`ledger.scored_and_removed`), with three
+    more columns.
 
     rank: (place - 1/2) / n of the score among the n units scored together (a global micro-batch; with `scope` step a
     whole step), ties sharing their mean place: 0 lowest, 1 highest, 1/2 on average. relative: the score over their root
@@ -61,8 +62,8 @@ def removed_over_time(rows: pd.DataFrame, parts: int = 12, subsets: int = 6) -> 
     names = names.where(names.isin([*largest, NOISE]), OTHERS)
     found = []
     for (subset, steps), part in rows.groupby([names, _stretches(rows["step"], parts)]):
-        removed = int((~part["kept"]).sum())
-        size = {"units": len(part), "removed": removed, "rate": removed / len(part)}
+        units, removed = int(part["units"].sum()), int(part["removed"].sum())
+        size = {"units": units, "removed": removed, "rate": removed / max(units, 1)}
         found.append({"subset": subset, "step": float(np.mean(steps)), **size})
     return found
 
@@ -142,11 +143,11 @@ def noise_found(rows: pd.DataFrame, warmup_steps: int) -> list[dict[str, Any]]:
         real = part[~is_noisy]
         for kind in kinds:
             noise = part[is_noisy if kind == ALL_KINDS else part["subset"] == kind]
-            gone = [int((~some["kept"][some["step"] > warmup_steps]).sum()) for some in (noise, real)]
-            acted_on = int((noise["step"] > warmup_steps).sum())
+            gone = [int(some["removed"][some["step"] > warmup_steps].sum()) for some in (noise, real)]
+            acted_on = int(noise["units"][noise["step"] > warmup_steps].sum())
             found.append({
                 "part": name, "kind": kind.removeprefix(PREFIX),
-                "units": len(noise), "removed": int((~noise["kept"]).sum()),
+                "units": int(noise["units"].sum()), "removed": int(noise["removed"].sum()),
                 "auc": auc(noise["rank"].dropna().to_numpy(), real["rank"].dropna().to_numpy()),
                 "precision": gone[0] / sum(gone) if sum(gone) else None,
                 "recall": gone[0] / acted_on if acted_on else None,

@@ -32,7 +32,10 @@ def read_run(directory: Path) -> Run:
     config = config_of_run(directory)
     summary, fidelity = (_json(directory / name) for name in ("summary.json", "fidelity.json"))
     table = ledger.read(directory)
-    rows = ledger_tables.comparable(table.to_pandas(), config["influence"].get("scope", "micro_step"))
+    influence = config["influence"]
+    scored, gone = ledger.scored_and_removed(table, influence.get("unit", "sequence"))
+    counted = table.to_pandas().assign(units=scored.to_pandas(), removed=gone.to_pandas())
+    rows = ledger_tables.comparable(counted, influence.get("scope", "micro_step"))
     last, planned = int(rows["step"].max()) if len(rows) else 0, config["max_steps"]
     missing = ""
     if last < planned or summary is None:
@@ -57,15 +60,15 @@ def evidence_of(run: Run) -> dict[str, Any]:
     warmup = run.config["policy"]["warmup_steps"]
     ordered = ledger_tables.importance(rows)
     mean_ranks = rows.groupby("subset")["rank"].mean()
-    units = rows.groupby("subset")["kept"].agg(units="size", kept="sum")
-    counts = {str(name): (int(row.units), int(row.units - row.kept)) for name, row in units.iterrows()}
+    units = rows.groupby("subset")[["units", "removed"]].sum()
+    counts = {str(name): (int(row.units), int(row.removed)) for name, row in units.iterrows() if row.units}
     return {
         "run_dir": str(run.directory),
         "seed": run.config["seed"],
         "incomplete": run.missing,
         "steps": int(rows["step"].max()),
-        "units": len(rows),
-        "removed": int((~rows["kept"]).sum()),
+        "units": int(rows["units"].sum()),
+        "removed": int(rows["removed"].sum()),
         "epochs": int(rows["epoch"].max()) + 1,
         "fidelity": run.fidelity,
         "score_bands": ledger_tables.score_bands(rows),
@@ -75,7 +78,7 @@ def evidence_of(run: Run) -> dict[str, Any]:
         "agreement_between_epochs": ledger_tables.agreement_between_epochs(rows),
         "removals": [
             row | {"mean_rank": None if pd.isna(mean_ranks[row["subset"]]) else float(mean_ranks[row["subset"]])}
-            for row in subset_rates.by_subset(counts)
+            for row in subset_rates.by_subset(counts, independent=run.config["influence"].get("unit") != "token")
         ],
         "noise": ledger_tables.noise_found(rows, warmup),
         "importance": {

@@ -16,7 +16,7 @@ _SIGN = "its scores all have one sign"
 class Loss:
     """Minus the loss."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "top"})
     because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE, "threshold": _SIGN}
     after_backward: ClassVar[bool] = False
 
@@ -25,24 +25,30 @@ class Loss:
 
 
 class Random:
-    """A number from 0 to 1, a function of (seed, position, document): one for all tokens of a unit."""
+    """A number from 0 to 1, a function of (seed, position, document): one for all tokens of a unit, or one for each."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "top"})
     because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE, "threshold": _SIGN}
     after_backward: ClassVar[bool] = False
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def __init__(self, seed: int, by_token: bool = False) -> None:
+        self._seed, self._by_token = seed, by_token
 
     def token_scores(self, batch: Batch, losses_BT: Tensor) -> Tensor:
-        numbers = [np.random.default_rng([self._seed, u.position, u.document_ids[0]]).random() for u in batch.units]
-        return batch.spread_over_tokens(torch.tensor(numbers))
+        of_units = [np.random.default_rng([self._seed, u.position, u.document_ids[0]]) for u in batch.units]
+        if not self._by_token:
+            return batch.spread_over_tokens(torch.tensor([generator.random() for generator in of_units]))
+        numbers_N = torch.zeros(losses_BT.numel())
+        for unit, generator in zip(batch.units, of_units, strict=True):
+            start, stop = unit.span
+            numbers_N[start:stop] = torch.from_numpy(generator.random(stop - start))
+        return numbers_N.view_as(losses_BT).to(losses_BT.device)
 
 
 class Nothing:
     """`none`: no score, so the policy does nothing."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "threshold"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "threshold"})
     because: ClassVar[Mapping[str, str]] = {
         "running": _ALONE,
         "validation": _ALONE,
@@ -60,7 +66,7 @@ class Rho:
     Rho-1, arXiv 2404.07965). Positive is what that model does better, so what can be learnt and is not yet; noise is
     hard for both. `reference_losses`: that model's, of every position."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "score_first", "threshold", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "threshold", "top"})
     because: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("running", "validation"), "it compares with influence.reference_model"
     )
@@ -83,7 +89,9 @@ class Lookahead:
     Wants losses at two places: see `training.lookahead`.
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"validation", "document", "score_first", "threshold", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"validation", "document", "token", "score_first", "threshold", "top"}
+    )
     because: ClassVar[Mapping[str, str]] = {}
     after_backward: ClassVar[bool] = False
 

@@ -43,6 +43,31 @@ def decide(
     Gumbel noise: a sample without replacement from softmax(score / (T s)) (Gumbel-top-k, arXiv 1903.06059). Units that
     do not count are kept last.
     """
+    weights, flagged = _decide(scores, tokens, finite, policy, step, seed, batch)
+    return Decision(weights, _reasons(flagged))
+
+
+def decide_tokens(
+    scores: Tensor, tokens_U: Tensor, finite_U: Tensor, policy: PolicyConfig, step: int, seed: int, batch: int
+) -> tuple[Decision, Tensor]:
+    """`decide` for single tokens: `scores` are those of every labelled token of the units, `tokens_U` of each, in
+    order. Returns what becomes of the units, whose weight is the mean of their tokens' and whose reason that of any of
+    these, and the tokens' weights."""
+    unit = torch.arange(len(tokens_U)).repeat_interleave(tokens_U.long())
+    weights, flagged = _decide(scores, torch.ones_like(scores), finite_U[unit], policy, step, seed, batch)
+    of_tokens_U = torch.zeros_like(tokens_U, dtype=weights.dtype).index_add(0, unit, weights)
+    weights_U = (of_tokens_U / tokens_U).where(tokens_U > 0, 1.0).masked_fill(~finite_U, 0.0)
+    any_U = {name: torch.zeros_like(finite_U).index_fill(0, unit[mask], True) for name, mask in flagged.items()}
+    return Decision(weights_U, _reasons({**any_U, "non_finite": ~finite_U})), weights
+
+
+Flagged = dict[str, Tensor]
+"""Reasons, and the units that each holds for; a later one is said in place of an earlier."""
+
+
+def _decide(
+    scores: Tensor, tokens: Tensor, finite: Tensor, policy: PolicyConfig, step: int, seed: int, batch: int
+) -> tuple[Tensor, Flagged]:
     scores, counted = scores.double(), (tokens > 0) & scores.isfinite() & finite
     if policy.rule == "top":
         return _top(scores, counted, finite, policy, step <= policy.warmup_steps, np.random.default_rng([seed, batch]))
@@ -70,7 +95,7 @@ def decide(
     else:
         weights = positive * (units / positive.sum())
         reasons = {"reweight": counted}
-    return Decision(weights.masked_fill(~finite, 0.0), _reasons({**reasons, "non_finite": ~finite}))
+    return weights.masked_fill(~finite, 0.0), {**reasons, "non_finite": ~finite}
 
 
 def _top(
@@ -80,7 +105,7 @@ def _top(
     policy: PolicyConfig,
     warming_up: bool,
     generator: np.random.Generator,
-) -> Decision:
+) -> tuple[Tensor, Flagged]:
     assert policy.pool is not None
     worth = -scores if policy.flag == "highest" else scores
     if policy.temperature:
@@ -93,7 +118,7 @@ def _top(
     dropped = torch.ones_like(counted)
     dropped[best_first[: len(scores) // policy.pool]] = False
     weights = (~dropped & finite).to(scores.dtype)
-    return Decision(weights, _reasons({"warmup" if warming_up else "top": dropped, "non_finite": ~finite}))
+    return weights, {"warmup" if warming_up else "top": dropped, "non_finite": ~finite}
 
 
 def _stochastic_round(expected: float, seed: int, batch: int) -> int:
@@ -101,7 +126,7 @@ def _stochastic_round(expected: float, seed: int, batch: int) -> int:
     return whole + int(np.random.default_rng([seed, batch]).random() < expected - whole)
 
 
-def _reasons(which: dict[str, Tensor]) -> list[str]:
+def _reasons(which: Flagged) -> list[str]:
     """The name of the mask that holds for each unit, or ''."""
     reasons = [""] * len(next(iter(which.values())))
     for name, mask in which.items():

@@ -34,6 +34,8 @@ class Scored:
     micro_scores_U: Tensor
     losses_U: Tensor
     tokens_U: Tensor
+    by_token_n2: Tensor | None = None
+    """Score and loss of every labelled token, in order; with `influence.unit: token`."""
 
 
 class Scorer(Protocol):
@@ -61,15 +63,16 @@ class Scorer(Protocol):
 class ControlScorer:
     """Scores units by their tokens' own scores, the mean over labelled tokens: nothing is compared, nothing is kept.
 
-    `control` is None where scores come with the losses, through `add_scored` (`lookahead`).
+    `control` is None where scores come with the losses, through `add_scored` (`lookahead`). `by_token`: the tokens' own
+    scores are wanted too.
     """
 
     after_backward = False
     compares = False
     reads_second_moments = False
 
-    def __init__(self, control: Control | None) -> None:
-        self._control = control
+    def __init__(self, control: Control | None, by_token: bool = False) -> None:
+        self._control, self._by_token = control, by_token
         self._scored: list[Scored] = []
 
     def watch(self, batch: Batch, norms: bool = False) -> Unwatched:
@@ -83,10 +86,12 @@ class ControlScorer:
     def add_scored(self, batch: Batch, losses_BT: Tensor, scores_BT: Tensor) -> None:
         """Take in a micro-batch's losses and token scores, (B, T)."""
         losses_U, tokens_U = batch.sum_per_unit(losses_BT), batch.tokens_U
+        labelled_BT = batch.labels_BT != IGNORE
         # A score of NaN, which is none, stays NaN also in a unit without labels.
-        scores_U = batch.sum_per_unit(scores_BT * (batch.labels_BT != IGNORE)) / tokens_U.clamp(min=1)
+        scores_U = batch.sum_per_unit(scores_BT * labelled_BT) / tokens_U.clamp(min=1)
         losses_U = losses_U.where(batch.whole_rows(losses_U.isfinite()), torch.nan)
-        self._scored.append(Scored(batch.positions_U, scores_U, scores_U, losses_U, tokens_U))
+        by_token_n2 = torch.stack([scores_BT, losses_BT], dim=-1)[labelled_BT].float() if self._by_token else None
+        self._scored.append(Scored(batch.positions_U, scores_U, scores_U, losses_U, tokens_U, by_token_n2))
 
     def scores(self) -> list[Scored]:
         scored, self._scored = self._scored, []

@@ -61,19 +61,20 @@ def scorer_of(
     """What training scores by. `reference_losses`: those of `influence.reference_model`, for `rho`. Raises ValueError
     where the model is none for the estimator."""
     if config.estimator in CONTROLS:
-        return ControlScorer(_control(config.estimator, seed, reference_losses))
+        by_token = config.unit == "token"
+        return ControlScorer(_control(config.estimator, seed, by_token, reference_losses), by_token)
     estimator, reference = make(config, model, seed, device, timed), reference_of(config, device)
     return SketchScorer(config, estimator, reference, seed, device, timed, all_reduce)
 
 
-def _control(name: str, seed: int, reference_losses: TokenLosses | None) -> Control | None:
+def _control(name: str, seed: int, by_token: bool, reference_losses: TokenLosses | None) -> Control | None:
     """None for `lookahead`, whose scores come with the losses."""
     if name == "rho":
         if reference_losses is None:
             raise ValueError("influence.estimator 'rho' needs the reference model that influence.reference_model names")
         return Rho(reference_losses)
     if name == "random":
-        return Random(seed)
+        return Random(seed, by_token)
     if name == "lookahead":
         return None
     return Loss() if name == "loss" else Nothing()

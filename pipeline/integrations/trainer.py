@@ -115,7 +115,7 @@ class InfluenceTrainer(Trainer):
         model.train()
         self.outcome = outcome = engine.train_step(self._held)
         engine.timed.read()  # or its events pile up
-        self._removed.append((outcome.removed, sum(len(part.units.scores) for part in outcome.micro_batches)))
+        self._removed.append((outcome.removed, sum(part.scored for part in outcome.micro_batches)))
         self._unhealthy = 0 if outcome.healthy else self._unhealthy + 1
         if self._unhealthy == self._policy.stop_after_non_finite:
             raise FloatingPointError(

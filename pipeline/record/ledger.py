@@ -118,8 +118,21 @@ def read(run_dir: Path) -> pa.Table:
     return pa.concat_tables([pq.read_table(part, schema=SCHEMA) for part in parts] or [SCHEMA.empty_table()])
 
 
-def counts_by_subset(rows: pa.Table) -> dict[str, tuple[int, int]]:
-    """(units, removed) of every subset."""
-    grouped = rows.append_column("removed", pc.cast(pc.invert(rows["kept"]), pa.int64()))
-    grouped = grouped.group_by("subset").aggregate([("removed", "count"), ("removed", "sum")])
-    return {row["subset"]: (row["removed_count"], row["removed_sum"]) for row in grouped.to_pylist()}
+def counts_by_subset(rows: pa.Table, unit: str = "sequence") -> dict[str, tuple[int, int]]:
+    """(units, removed) of every subset; `unit`: `influence.unit` of the run."""
+    scored, removed = scored_and_removed(rows, unit)
+    counted = pa.table({"subset": rows["subset"], "scored": scored, "removed": removed})
+    grouped = counted.group_by("subset").aggregate([("scored", "sum"), ("removed", "sum")])
+    return {row["subset"]: (row["scored_sum"], row["removed_sum"]) for row in grouped.to_pylist()}
+
+
+def scored_and_removed(rows: pa.Table, unit: str) -> tuple[pa.ChunkedArray, pa.ChunkedArray]:
+    """How many units each row is, and how many of these were removed: 1, and whether it was not kept; with `unit` token
+    its labelled tokens, and those without weight."""
+    if unit != "token":
+        removed = pc.cast(pc.invert(rows["kept"]), pa.int64())
+        return pc.add(pc.multiply(removed, 0), 1), removed
+    tokens = pc.cast(rows["tokens"], pa.int64())
+    # Kept tokens have weight 1; a mean above it is of tokens reweighted.
+    gone = pc.multiply(tokens, pc.subtract(1.0, pc.min_element_wise(rows["weight"], 1.0)))
+    return tokens, pc.cast(pc.round(gone), pa.int64())

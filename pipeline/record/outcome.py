@@ -1,13 +1,14 @@
 """What happened in an optimizer step: the units as every rank knows them, and what was decided."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import pandas as pd
 import torch
 from torch import Tensor
 
+from pipeline.data.batch import IGNORE, Batch
 from pipeline.influence.policy import Decision
 from pipeline.influence.scorer import Scored
 
@@ -32,7 +33,8 @@ class UnitTable:
     def gather(cls, rank: int, scored: list[Scored], stop: bool, all_gather_rows: Callable[[Tensor], Tensor]) -> Self:
         """From what each rank knows of its own units, by micro-batch. Collective: one call of `all_gather_rows`."""
         numbers = [torch.full_like(part.losses_U, index) for index, part in enumerate(scored)]
-        columns = [[getattr(part, field.name) for part in scored] for field in fields(Scored)]
+        names = ("positions_U", "scores_U", "micro_scores_U", "losses_U", "tokens_U")
+        columns = [[getattr(part, name) for part in scored] for name in names]
         own = [torch.cat(column).double() for column in (numbers, *columns)]
         alike = [torch.full_like(own[0], value) for value in (rank, stop)]
         gathered = all_gather_rows(torch.stack([*own, *alike], dim=1)).cpu()
@@ -54,11 +56,41 @@ class UnitTable:
 
 
 @dataclass(frozen=True)
+class OfTokens:
+    """What was decided of single tokens: weights of this rank's labelled ones, in order; of all ranks' together, how
+    many got weight 0 and the weighted mean loss, 0 where nothing is kept."""
+
+    weights_n: Tensor
+    removed: int
+    loss: float
+
+
+@dataclass(frozen=True)
 class Decided:
     """A global micro-batch of units, and what became of each."""
 
     units: UnitTable
     decision: Decision
+    tokens: "OfTokens | None" = None
+    """With `influence.unit: token`."""
+
+    def weights_of(self, batch: Batch, rank: int) -> Tensor:
+        """What the tokens of this rank's batch weigh in the loss, (B, T)."""
+        if self.tokens is None:
+            return batch.spread_over_tokens(self.decision.weights[self.units.ranks == rank])
+        labelled_BT = batch.labels_BT != IGNORE
+        own = self.tokens.weights_n.to(labelled_BT.device, torch.float32)
+        return torch.zeros_like(labelled_BT, dtype=torch.float32).masked_scatter(labelled_BT, own)
+
+    @property
+    def scored(self) -> int:
+        """Units, of all ranks; single tokens where these are decided."""
+        return len(self.units.scores) if self.tokens is None else int(self.units.tokens.sum())
+
+    @property
+    def removed(self) -> int:
+        """How many of them got weight 0."""
+        return int((self.decision.weights == 0).sum()) if self.tokens is None else self.tokens.removed
 
     @property
     def kept_tokens(self) -> float:
@@ -68,6 +100,8 @@ class Decided:
     @property
     def loss(self) -> float:
         """The weighted mean loss of a token, 0 where nothing is kept."""
+        if self.tokens is not None:
+            return self.tokens.loss
         kept = self.decision.weights > 0  # what is not finite is not
         weights = self.decision.weights[kept]
         tokens = float((weights * self.units.tokens[kept]).sum())
@@ -104,7 +138,7 @@ class Outcome:
     @property
     def removed(self) -> int:
         """Units of all ranks that got weight 0."""
-        return sum(int((part.decision.weights == 0).sum()) for part in self.micro_batches)
+        return sum(part.removed for part in self.micro_batches)
 
     @property
     def healthy(self) -> bool:

@@ -44,6 +44,7 @@ class Recorder:
             _largest_subsets(config),
             held_out=config.data.eval_files is not None,
             audited=config.observe.audit_every_steps is not None,
+            unit=config.influence.unit,
         )
         if not step:
             self._board.hyperparameters(to_yaml(config))

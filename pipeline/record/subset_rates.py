@@ -25,18 +25,19 @@ def wilson(removed: int, units: int) -> tuple[float, float]:
     return max(center - half, 0.0), min(center + half, 1.0)
 
 
-def by_subset(counts: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def by_subset(counts: Mapping[str, tuple[int, int]], independent: bool = True) -> list[dict[str, Any]]:
     """A row for each subset of `counts` (units, removed), the highest rate first: subset, units, removed, rate, low and
     high (its 95 % interval), rest (the rate of all others, None where there are none), p_value and stands_out.
 
     p_value: two-sided, of as many removals in the subset, had those of all subsets fallen on units at random (Fisher's
     exact test against the rest); None for fewer than MIN_UNITS. stands_out: `more` or `less` where it is at most
     LEVEL / subsets judged (Bonferroni), else empty. Units count as independent: samples that come back in every epoch
-    make the test too sure, a removal rate fixed in each micro-batch makes it too careful.
+    make the test too sure, a removal rate fixed in each micro-batch makes it too careful. Where they are not at all
+    `independent`, as the tokens of a text, none is judged, and the interval is too narrow.
     """
     all_units = sum(units for units, _ in counts.values())
     all_removed = sum(removed for _, removed in counts.values())
-    judged = [name for name, (units, _) in counts.items() if MIN_UNITS <= units < all_units]
+    judged = [name for name, (units, _) in counts.items() if independent and MIN_UNITS <= units < all_units]
     rows = []
     for name, (units, removed) in counts.items():
         low, high = wilson(removed, units)
@@ -51,9 +52,9 @@ def by_subset(counts: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (-row["rate"], row["subset"]))
 
 
-def standing_out(counts: Mapping[str, tuple[int, int]]) -> list[dict[str, Any]]:
+def standing_out(counts: Mapping[str, tuple[int, int]], independent: bool = True) -> list[dict[str, Any]]:
     """The rows of `by_subset` that stand out."""
-    return [row for row in by_subset(counts) if row["stands_out"]]
+    return [row for row in by_subset(counts, independent) if row["stands_out"]]
 
 
 def in_words(row: dict[str, Any]) -> str:

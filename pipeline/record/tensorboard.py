@@ -53,7 +53,7 @@ class TensorBoard:
 
     Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged. `subsets`, the
     largest first: the first `SHOWN_SUBSETS` of them, then of the ledger's, have curves; the rest is `other`.
-    `held_out`, `audited`: whether there will be such figures.
+    `held_out`, `audited`: whether there will be such figures. `unit`: `influence.unit`, which is what is counted.
     """
 
     def __init__(
@@ -64,7 +64,9 @@ class TensorBoard:
         subsets: Sequence[str] = (),
         held_out: bool = True,
         audited: bool = False,
+        unit: str = "sequence",
     ) -> None:
+        self._unit = unit
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
@@ -92,13 +94,14 @@ class TensorBoard:
         With `histogram` also that of the scores, and a warning where a subset begins to stand out."""
         self._count(rows)
         self._step = step
-        removed = len(rows) - rows["kept"].to_pylist().count(True)
+        counts = ledger.counts_by_subset(rows, self._unit).values()
+        of_step, gone = (sum(column) for column in zip(*counts, strict=True))
         total, units = self._removed.total(), self._units.total()
         self.scalars(
             {
                 "influence/removed_total": total,
-                "influence/removed_fraction": removed / len(rows),
-                "influence/removed_fraction_total": total / units,
+                "influence/removed_fraction": gone / max(of_step, 1),
+                "influence/removed_fraction_total": total / max(units, 1),
                 "kept/total": units - total,
             },
             step,
@@ -108,7 +111,7 @@ class TensorBoard:
                 {
                     f"influence/removed_by_subset/{subset}": removed,
                     f"kept/by_subset/{subset}": units - removed,
-                    f"removed_fraction_by_subset/{subset}": removed / units,
+                    f"removed_fraction_by_subset/{subset}": removed / max(units, 1),
                 },
                 step,
             )
@@ -162,7 +165,8 @@ class TensorBoard:
         self._writer.close()
 
     def _standing_out(self) -> list[dict[str, Any]]:
-        return subset_rates.standing_out({name: (units, self._removed[name]) for name, units in self._units.items()})
+        counts = {name: (units, self._removed[name]) for name, units in self._units.items() if units}
+        return subset_rates.standing_out(counts, independent=self._unit != "token")
 
     def _warn(self, rows: list[dict[str, Any]], step: int) -> None:
         if rows:
@@ -170,7 +174,7 @@ class TensorBoard:
             self._writer.add_text("influence/standing_out", text, step)
 
     def _count(self, rows: pa.Table) -> None:
-        counts = ledger.counts_by_subset(rows)
+        counts = ledger.counts_by_subset(rows, self._unit)
         for subset in sorted(counts, key=lambda subset: -counts[subset][0]):
             if len(self._shown) < SHOWN_SUBSETS and subset != OTHER:
                 self._shown.setdefault(subset)

@@ -37,7 +37,7 @@ def finish(
             flush=True,
         )
     shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
-    units = ledger.counts_by_subset(ledger.read(run_dir))
+    units = ledger.counts_by_subset(ledger.read(run_dir), config.influence.unit)
     summary = {
         "run_dir": config.run_dir,
         "steps": engine.step,
@@ -46,7 +46,7 @@ def finish(
         "evaluation_after": progress.evaluations.get(engine.step),
         "evaluations": progress.evaluations,
         "units_by_subset": units,
-        "standing_out": subset_rates.standing_out(units),
+        "standing_out": subset_rates.standing_out(units, independent=config.influence.unit != "token"),
         "scoring_fraction": recorder.close(),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))

@@ -187,7 +187,7 @@ class InfluenceEngine:
 
     def _disagreement(self, step: int, decided: list[Decided]) -> float | None:
         """`Outcome.disagreement`."""
-        if self._influence.scope != "step" or self._shop.policy.rule == "top":
+        if self._influence.scope != "step" or self._influence.unit == "token" or self._shop.policy.rule == "top":
             return None
         differ = []
         for m, part in enumerate(decided):

@@ -21,12 +21,12 @@ class OnePass:
         for m, batch in enumerate(batches):
             losses_BT = shop.forward(batch, step, m) if known else shop.score(batch, step, m)
             part = known[m] if known else shop.gather_and_decide(step, m)
-            own = part.units.ranks == shop.rank
             if not part.units.finite.all():
+                own = part.units.ranks == shop.rank
                 # Weight 0 is not enough: 0 * NaN = NaN. Train on the same shapes without what was in them.
                 losses_BT = shop.forward(batch.blank(~part.units.finite[own]), step, m)
                 refuse_broken_weights(losses_BT, step)
-            shop.backward(losses_BT, batch.spread_over_tokens(part.decision.weights[own]), part.kept_tokens)
+            shop.backward(losses_BT, part.weights_of(batch, shop.rank), part.kept_tokens)
             norm = deepspeed_engine.take_step(shop.ds_engine)
             decided.append(part)
         return decided, norm

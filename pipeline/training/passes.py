@@ -17,6 +17,7 @@ from pipeline.influence.policy import Decision, decide
 from pipeline.influence.scorer import Scored, Scorer
 from pipeline.record.outcome import Decided, UnitTable
 from pipeline.tasks.weighted_mean import weighted_mean
+from pipeline.training.by_token import decide_by_token
 from pipeline.training.exchange import Sequences
 
 
@@ -84,16 +85,28 @@ class Workshop:
 
     def gather_and_decide(self, step: int, m: int, scored: list[Scored] | None = None) -> Decided:
         """On the micro-batch that was just scored."""
-        units = self.gather(scored or self.scorer.scores())
+        scored = scored or self.scorer.scores()
+        units = self.gather(scored)
+        if self.influence.unit == "token":
+            (decided,) = self._by_token(units, scored, step, (step - 1) * self.accumulation + m)
+            return decided
         return Decided(units, self.decide(units, step, m, units.scores))
 
     def decide_together(self, step: int, scored: list[Scored] | None = None) -> list[Decided]:
         """On the units of all micro-batches of the step, just scored, together."""
-        units = self.gather(scored or self.scorer.scores())
+        scored = scored or self.scorer.scores()
+        units = self.gather(scored)
+        if self.influence.unit == "token":
+            return self._by_token(units, scored, step, step - 1)
         with self.timed("decide"):
             decision = decide(units.scores, units.tokens, units.finite, self.policy, step, self.seed, step - 1)
         masks = [units.micro_steps == m for m in range(int(units.micro_steps.max()) + 1)]
         return [Decided(units.of(mask), decision.of(mask)) for mask in masks]
+
+    def _by_token(self, units: UnitTable, scored: list[Scored], step: int, batch: int) -> list[Decided]:
+        with self.timed("decide"):
+            gather = collectives.all_gather_rows
+            return decide_by_token(units, scored, self.rank, self.policy, step, self.seed, batch, gather)
 
     def backward(self, losses_BT: Tensor, weights_BT: Tensor, denominator: float) -> None:
         """Of `weighted_mean` over all ranks."""

@@ -22,7 +22,7 @@ class Pool:
         decided = self._scoring(step, batches)
         weights, kept = [], []
         for batch, part in zip(batches, decided, strict=True):
-            weights.append(batch.spread_over_tokens(part.decision.weights[part.units.ranks == self._workshop.rank]))
+            weights.append(part.weights_of(batch, self._workshop.rank))
             kept += part.units.positions[part.decision.weights > 0].tolist()
         # Where nothing in the pool is finite, backwards of nothing still have to give the engine its zero gradient.
         sequences = exchange(batches, weights, kept or decided[0].units.positions[:1].tolist())

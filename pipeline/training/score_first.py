@@ -20,8 +20,7 @@ class ScoreFirst:
         decided = self._scoring(step, batches)
         weights, kept = [], []
         for batch, part in zip(batches, decided, strict=True):
-            share_U = part.decision.weights / (part.kept_tokens or 1.0)
-            weights.append(batch.spread_over_tokens(share_U[part.units.ranks == shop.rank]))
+            weights.append(part.weights_of(batch, shop.rank) / (part.kept_tokens or 1.0))
             kept += part.units.positions[part.decision.weights != 0].unique().tolist()
         # Where nothing is kept anywhere, one backward still has to give the engine its zero gradient.
         sequences = exchange(batches, weights, kept or decided[0].units.positions[:1].tolist())

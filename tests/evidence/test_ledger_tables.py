@@ -16,7 +16,7 @@ def ledger_rows(scores, subsets=None, kept=None, size=4, units=None):
         "step": position // size + 1, "micro_step": 0, "epoch": position // units, "position": position,
         "sample_id": position % units, "document_ids": [[int(p)] for p in position % units],
         "subset": subsets or ["real"] * count, "score": np.array(scores, np.float32),
-        "kept": [True] * count if kept is None else kept,
+        "kept": (kept := [True] * count if kept is None else kept), "units": 1, "removed": [int(not k) for k in kept],
     })  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.schema import PolicyConfig
-from pipeline.influence.policy import decide
+from pipeline.influence.policy import decide, decide_tokens
 
 ALL = torch.tensor([3.0, -2.0, 0.0, -5.0, 1.0, 4.0, 2.0, 6.0])
 EVEN = torch.full((8,), 10)
@@ -186,3 +186,29 @@ def test_equal_scores_at_a_temperature_are_a_fair_draw():
     kept = [weights(policy, scores=torch.ones(8), batch=batch) for batch in range(500)]
     assert all(sum(one) == 4 for one in kept)
     assert torch.tensor(kept).mean(0).min() > 0.4
+
+
+@given(
+    counts=st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    rate=st.sampled_from([0.0, 0.3, 0.5]),
+    broken=st.sets(st.integers(0, 5)),
+    seed=st.integers(0, 1000),
+)
+def test_tokens_are_decided_as_units_of_their_own(counts, rate, broken, seed):
+    """Against a loop. Catches a rank within each unit, tokens of broken units that count, and a weight of a unit that
+    is not the share of its tokens that is kept."""
+    tokens, finite = torch.tensor(counts).double(), torch.tensor([u not in broken for u in range(len(counts))])
+    owners = [unit for unit, count in enumerate(counts) for _ in range(count)]
+    scores = torch.rand(len(owners), generator=torch.Generator().manual_seed(seed))
+    policy = PolicyConfig(rule="rate", rate=rate, max_drop_fraction=1.0)
+    decision, weights = decide_tokens(scores, tokens, finite, policy, 1, seed, 0)
+    counted = [index for index, owner in enumerate(owners) if finite[owner]]
+    gone = sorted(counted, key=lambda index: scores[index].item())[: sum(weights[i] == 0 for i in counted)]
+    assert abs(len(gone) - rate * len(counted)) < 1
+    expected = [float(owner not in broken and index not in gone) for index, owner in enumerate(owners)]
+    assert weights.tolist() == expected
+    for unit, count in enumerate(counts):
+        own = [weight for weight, owner in zip(expected, owners, strict=True) if owner == unit]
+        assert decision.weights[unit] == (0 if unit in broken else sum(own) / count if count else 1)
+        reason = "non_finite" if unit in broken else "rate" if 0 in own else ""
+        assert decision.reasons[unit] == reason
