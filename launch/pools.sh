@@ -4,7 +4,8 @@
 #   bash launch/pools.sh "TARGET SUBSET" OUT_DIR "ARM ..." "SEED ..." [--section.key value ...]
 #   bash launch/pools.sh "PubMed Abstracts" runs/pools/pubmed "random lai rho lookahead" "0 1 2" --policy.pool 4
 # ARM: an estimator, and what else to set, after commas. Estimators that compare do so with TARGET's documents among the
-# third training file; `rho` with the base model trained on them for one epoch. Runs that are done are left alone.
+# third training file; `rho` with the base model trained on them for one epoch; `oracle` knows the subsets. Runs that are
+# done are left alone.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 usage='usage: bash launch/pools.sh "TARGET SUBSET" OUT_DIR "ARM ..." "SEED ..." [--section.key value ...]'
@@ -28,6 +29,7 @@ named=()
 for arm in "${arms[@]}"; do
   case "$arm" in
     random* | loss*) arm+=,influence.reference=batch ;;
+    oracle*) arm+=",influence.reference=batch,influence.oracle_subsets=${target// /?}" ;;
     rho*) arm+=,influence.reference=batch,influence.reference_model=$out/reference/model ;;
   esac
   named+=("$arm")

@@ -136,7 +136,8 @@ class InfluenceConfig:
     ghost: the inner product of true gradients (Eq. 3), out of the training backward, what is dropped being taken out
     again by a pass over it alone; lookahead: how much a loss falls when the weights move a fraction of Adam's coming
     step along the reference's gradient; rho: the loss less that of `reference_model`; loss: minus the mean loss;
-    random: a seeded random number; none: nothing is scored and the policy does nothing."""
+    ngram: how much more often its n-grams come in the reference than in the corpus; oracle: 1 in `oracle_subsets`,
+    else 0; random: a seeded random number; none: nothing is scored and the policy does nothing."""
     reference: Literal["batch", "running", "validation"] = "batch"
     """Whose loss counts. batch: the global micro-batch itself (self-influence); running: an exponential mean over the
     micro-batches so far and this one; validation: `data.reference_files`."""
@@ -150,6 +151,9 @@ class InfluenceConfig:
     reference_model: str | None = None
     """rho: hub id or local directory of a frozen model, trained on what shall be learnt, with the same tokenizer.
     `pipeline.train` on such files with `--influence.estimator none` makes one (RUN_DIR/model)."""
+    oracle_subsets: str | list[str] | None = None
+    """oracle: patterns of the subsets that are good, `*` for any characters: an arm that knows the answer, to compare
+    with."""
     lookahead_step: float = 0.1
     """lookahead: how far the weights move, as a fraction of the optimizer's step at its rate."""
     score_prefix: float = 1.0
@@ -159,7 +163,7 @@ class InfluenceConfig:
     """Whether a unit's self-influence, always positive, is part of its score (the paper: yes)."""
     unit: Literal["sequence", "document", "token"] = "sequence"
     """What is scored and dropped: a packed sequence, or each document's tokens inside it, which takes 4 K G bytes a
-    unit; or single tokens (lookahead, rho, loss, random), which takes 8 bytes a token on every rank. Of tokens the
+    unit; or single tokens (estimators without a sketch), which takes 8 bytes a token on every rank. Of tokens the
     ledger keeps a row a sequence: their mean score, and as weight the share of them that is kept."""
     sketch: Literal["none"] | SketchConfig = SketchConfig()
     """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
@@ -200,10 +204,15 @@ class InfluenceConfig:
             raise ValueError(
                 "influence.estimator 'rho' and influence.reference_model, the model that it compares with, go together"
             )
-        if self.estimator == "lookahead" and self.reference != "validation":
+        if (self.estimator == "oracle") != (self.oracle_subsets is not None):
             raise ValueError(
-                "influence.estimator 'lookahead' moves the weights along the gradient of a reference: set "
-                "influence.reference to validation, and data.reference_files"
+                "influence.estimator 'oracle' and influence.oracle_subsets, the subsets that it takes for good, go "
+                "together: set both or neither"
+            )
+        if self.estimator in ("lookahead", "ngram") and self.reference != "validation":
+            raise ValueError(
+                f"influence.estimator '{self.estimator}' scores by a reference alone: set influence.reference to "
+                "validation, and data.reference_files"
             )
 
 

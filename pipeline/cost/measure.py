@@ -90,10 +90,9 @@ def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
     found = {PLAIN: replace(config, influence=plain, policy=rule)}
     for name in names:
         estimator, _, precondition = name.partition("/")
-        if estimator == "rho":
-            raise ValueError(
-                "benchmark.estimators: 'rho' costs one forward of its reference model more, which is not measured here"
-            )
+        if estimator in ("rho", "ngram"):
+            what = "one forward of its reference model more" if estimator == "rho" else "what reading its counts takes"
+            raise ValueError(f"benchmark.estimators: '{estimator}' costs {what}, which is not measured here")
         chosen: dict[str, Any] = {
             "estimator": "ghost" if name == EXACT else estimator,
             "precondition": precondition or "none",

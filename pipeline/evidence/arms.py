@@ -14,7 +14,7 @@ BASELINE = "none"
 METRICS = ("perplexity", "bits_per_byte")
 
 
-_CONTROLS = ("influence.estimator", "influence.unit", "influence.scope")
+_CONTROLS = ("influence.estimator", "influence.unit", "influence.scope", "influence.oracle_subsets")
 
 
 _OWN = ("run_dir", "seed", "resume", "dry_run", "influence", "policy", "checkpoint", "observe", "fidelity", "benchmark")
@@ -22,7 +22,7 @@ _OWN = ("run_dir", "seed", "resume", "dry_run", "influence", "policy", "checkpoi
 
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """What makes an arm: all keys of `influence` and `policy` that the estimator uses, flat. `none` uses no other;
-    `loss` and `random` those of _CONTROLS.
+    `loss`, `random` and `oracle` those of _CONTROLS.
 
     `config` is a run's config.yaml, parsed; keys that it lacks were added since and have their defaults.
     """
@@ -32,7 +32,7 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
         found |= flat(section, values | config.get(section, {}))
     if found["influence.estimator"] == BASELINE:
         return {"influence.estimator": BASELINE}
-    if found["influence.estimator"] in ("loss", "random"):
+    if found["influence.estimator"] in ("loss", "random", "oracle"):
         return {key: value for key, value in found.items() if key in _CONTROLS or key.startswith("policy.")}
     return found
 

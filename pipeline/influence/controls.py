@@ -1,6 +1,7 @@
-"""What scores tokens by their losses: `loss`, `random`, `none`, `rho` and `lookahead`."""
+"""What scores tokens by their losses, or without them: `loss`, `random`, `oracle`, `none`, `rho` and `lookahead`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -43,6 +44,21 @@ class Random:
             start, stop = unit.span
             numbers_N[start:stop] = torch.from_numpy(generator.random(stop - start))
         return numbers_N.view_as(losses_BT).to(losses_BT.device)
+
+
+class Oracle:
+    """1 for units of the subsets that match one of the patterns, else 0: what a label knows, as the bar above."""
+
+    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "threshold", "top"})
+    because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE}
+    after_backward: ClassVar[bool] = False
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        self._patterns = patterns
+
+    def token_scores(self, batch: Batch, losses_BT: Tensor) -> Tensor:
+        good = [any(fnmatchcase(unit.subset, pattern) for pattern in self._patterns) for unit in batch.units]
+        return batch.spread_over_tokens(torch.tensor(good, dtype=torch.float64))
 
 
 class Nothing:

@@ -11,10 +11,11 @@ from pipeline.config.schema import Config, InfluenceConfig, PolicyConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.appendix_e import AppendixE
-from pipeline.influence.controls import Lookahead, Loss, Nothing, Random, Rho
+from pipeline.influence.controls import Lookahead, Loss, Nothing, Oracle, Random, Rho
 from pipeline.influence.estimator import Control, Estimator, Scorable
 from pipeline.influence.ghost import Ghost
 from pipeline.influence.lai import Lai, Lli
+from pipeline.influence.ngram import Ngram
 from pipeline.influence.reference import reference_of
 from pipeline.influence.residual import Residual
 from pipeline.influence.scorer import AllReduce, ControlScorer, SketchScorer
@@ -25,14 +26,16 @@ ESTIMATORS: dict[str, type[Lai] | type[Residual] | type[Ghost]] = {
     "residual": Residual,
     "ghost": Ghost,
 }
-CONTROLS: dict[str, type[Loss] | type[Random] | type[Nothing] | type[Rho] | type[Lookahead]] = {
+CONTROLS: dict[str, type[Scorable]] = {
     "loss": Loss,
     "random": Random,
     "none": Nothing,
     "lookahead": Lookahead,
     "rho": Rho,
+    "ngram": Ngram,
+    "oracle": Oracle,
 }
-"""Those that score tokens by their losses, and watch nothing."""
+"""Those that score tokens by themselves, and watch nothing."""
 
 TokenLosses = Callable[[Batch], Tensor]
 """Of every position, (B, T)."""
@@ -61,20 +64,28 @@ def scorer_of(
     """What training scores by. `reference_losses`: those of `influence.reference_model`, for `rho`. Raises ValueError
     where the model is none for the estimator."""
     if config.estimator in CONTROLS:
-        by_token = config.unit == "token"
-        return ControlScorer(_control(config.estimator, seed, by_token, reference_losses), by_token)
+        return ControlScorer(_control(config, seed, reference_losses), config.unit == "token")
     estimator, reference = make(config, model, seed, device, timed), reference_of(config, device)
     return SketchScorer(config, estimator, reference, seed, device, timed, all_reduce)
 
 
-def _control(name: str, seed: int, by_token: bool, reference_losses: TokenLosses | None) -> Control | None:
+def _control(config: InfluenceConfig, seed: int, reference_losses: TokenLosses | None) -> Control | None:
     """None for `lookahead`, whose scores come with the losses."""
+    name = config.estimator
+    if name == "ngram":
+        raise ValueError(
+            "influence.estimator 'ngram' counts n-grams of the whole corpus before a run, which pipeline.train does; "
+            "in a loop of your own choose another estimator, or give InfluenceEngine a `scorer`"
+        )
+    if name == "oracle":
+        assert config.oracle_subsets is not None
+        return Oracle([config.oracle_subsets] if isinstance(config.oracle_subsets, str) else config.oracle_subsets)
     if name == "rho":
         if reference_losses is None:
             raise ValueError("influence.estimator 'rho' needs the reference model that influence.reference_model names")
         return Rho(reference_losses)
     if name == "random":
-        return Random(seed, by_token)
+        return Random(seed, by_token=config.unit == "token")
     if name == "lookahead":
         return None
     return Loss() if name == "loss" else Nothing()
@@ -211,7 +222,7 @@ def check_config(config: Config, settings: dict[str, Any]) -> None:
 
 
 def _kind(influence: InfluenceConfig) -> type[Scorable]:
-    every: dict[str, type[Scorable]] = {**CONTROLS, **ESTIMATORS}
+    every = {**CONTROLS, **ESTIMATORS}
     if influence.estimator not in every:
         raise ValueError(f"influence.estimator: '{influence.estimator}' is none of {', '.join(every)}")
     return every[influence.estimator]

@@ -20,12 +20,13 @@ def without_effect(config: Config) -> list[str]:
     """Keys that are set, to another value than their default, and that nothing reads; a sentence each, for people to
     read before a run."""
     data, influence, policy = config.data, config.influence, config.policy
+    draws = influence.reference == "validation" and influence.estimator != "ngram"
     wants: dict[str, tuple[bool, str]] = {
         "data.reference_files": (influence.reference == "validation", "influence.reference validation"),
         "data.max_eval_sequences": (bool(data.eval_files or data.reference_files), "data.eval_files"),
         "influence.running_decay": (influence.reference == "running", "influence.reference running"),
-        "influence.validation_sequences": (influence.reference == "validation", "influence.reference validation"),
-        "influence.validation_every_steps": (influence.reference == "validation", "influence.reference validation"),
+        "influence.validation_sequences": (draws, "influence.reference validation, and not estimator ngram"),
+        "influence.validation_every_steps": (draws, "influence.reference validation, and not estimator ngram"),
         "influence.adam_every_steps": (influence.precondition == "adam_state", "influence.precondition adam_state"),
         "influence.adam_decay": (influence.precondition == "adam_ema", "influence.precondition adam_ema"),
         "influence.adam_power": (influence.precondition != "none", "influence.precondition"),

@@ -1,11 +1,16 @@
 """All that is settled before a run's first step: what it reads, trains and goes on from, and where it is recorded."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
+from pipeline.data.batch import Batch
+from pipeline.data.document import Split
 from pipeline.data.leave_out import left_out
 from pipeline.data.prepared import load_fingerprint, load_report, load_split
 from pipeline.data.samples import Samples
@@ -20,6 +25,8 @@ from pipeline.engine.checkpoints import (
 )
 from pipeline.engine.json_check import check_deepspeed_json, notes
 from pipeline.engine.resume import changed_settings, refuse_earlier_end
+from pipeline.influence.ngram import Ngram
+from pipeline.influence.scorer import ControlScorer
 from pipeline.influence.table import check_effect, owns_accumulation
 from pipeline.models.adapters import adapter_settings
 from pipeline.models.load import load_model
@@ -30,6 +37,9 @@ from pipeline.training.influence_engine import InfluenceEngine
 from pipeline.training.model_check import check_before_training
 from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import without_effect
+
+COUNTED = 4096
+"""Sequences of the corpus and of the reference, at most, in which `ngram` counts, the first of the sample order."""
 
 
 @dataclass
@@ -79,6 +89,11 @@ def begin(config: Config, end: int) -> Run:
     reference_model = None
     if config.influence.reference_model:
         reference_model = deepspeed_engine.frozen(load_reference_model(config, settings), ds_engine, settings)
+    scorer = None
+    if config.influence.estimator == "ngram":
+        assert reference is not None
+        counted = _first_of(reference, "reference", config), _first_of(samples, "train", config)
+        scorer = ControlScorer(Ngram(*counted, ds_engine.device), by_token=config.influence.unit == "token")
     engine = InfluenceEngine(
         ds_engine,
         config.influence,
@@ -87,6 +102,7 @@ def begin(config: Config, end: int) -> Run:
         reference,
         norms_every_steps=config.observe.every_steps,
         audit_every_steps=config.observe.audit_every_steps,
+        scorer=scorer,
         reference_model=reference_model,
     )
     identity = {
@@ -113,3 +129,10 @@ def begin(config: Config, end: int) -> Run:
 
     recorder = collectives.on_rank_0(open_records)
     return Run(samples, ds_engine, engine, progress, checkpoint, identity, written_under, recorder)
+
+
+def _first_of(samples: Samples, split: Split, config: Config) -> Iterator[Batch]:
+    """The same on every rank, whatever there are."""
+    size = min(len(load_split(config.data.prepared_dir, split)), COUNTED)
+    for position in range(0, size, 64):
+        yield samples.batch(position, min(64, size - position), torch.device("cpu"))

@@ -50,7 +50,7 @@ def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options,
 REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     (
         {"influence__estimator": "ip"},
-        "is none of loss, random, none, lookahead, rho, lai, ",
+        "is none of loss, random, none, lookahead, rho, ngram, oracle, lai, ",
         [{"influence__estimator": "lli"}],
     ),
     ({"influence__estimator": "magic"}, "magic", [{"influence__estimator": "lai"}]),

@@ -13,8 +13,9 @@ from pipeline.influence.table import CONTROLS, ESTIMATORS, check, check_config, 
 from tests.tiny_models import tiny
 
 ADAM = {"optimizer": {"type": "AdamW"}}
-EVERY = ["lai", "lli", "residual", "ghost", "loss", "random", "none", "rho"]
-"""But lookahead, which takes no other reference than validation, and scores in no training forward."""
+EVERY = ["lai", "lli", "residual", "ghost", "loss", "random", "none", "rho", "oracle"]
+"""But lookahead and ngram, which take no other reference than validation."""
+VALIDATED = {"lookahead", "ngram"}
 BY_SKETCHES = {"lai", "lli", "residual", "ghost"}
 ACCEPTED = {
     ("precondition", "adam_ema"): {"lai", "lli"},
@@ -22,6 +23,7 @@ ACCEPTED = {
     ("reference", "running"): BY_SKETCHES,
     ("reference", "validation"): BY_SKETCHES,
     ("unit", "document"): set(EVERY) - {"ghost"},
+    ("unit", "token"): set(EVERY) - BY_SKETCHES,
     ("passes", "score_first"): set(EVERY) - {"ghost", "none"},
     ("rule", "threshold"): set(EVERY) - {"loss", "random"},
     ("rule", "top"): set(EVERY) - {"none"},
@@ -33,17 +35,15 @@ def configs(name: str, **changes: str) -> tuple[InfluenceConfig, PolicyConfig]:
     """What every estimator takes, with changes."""
     changes = USUAL | changes
     rule = changes.pop("rule")
-    model = "model" if name == "rho" else None
-    return InfluenceConfig(estimator=name, reference_model=model, **changes), PolicyConfig(
-        rule=rule, pool=2 if rule == "top" else None
-    )
+    own = {"rho": {"reference_model": "model"}, "oracle": {"oracle_subsets": "*"}}.get(name, {})
+    return InfluenceConfig(estimator=name, **own, **changes), PolicyConfig(rule=rule, pool=2 if rule == "top" else None)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_what_each_estimator_accepts(name):
     """Catches a combination that was lost, or let in. A refusal names key, value and estimator, the usual value, and
     only estimators that take it."""
-    assert set(ESTIMATORS | CONTROLS) == {*EVERY, "lookahead"}
+    assert set(ESTIMATORS | CONTROLS) == {*EVERY, *VALIDATED}
     check(*configs(name), ADAM)
     for (key, value), accepted in ACCEPTED.items():
         influence, policy = configs(name, **{key: value})
@@ -56,7 +56,7 @@ def test_what_each_estimator_accepts(name):
         instead = str(refused.value).split("Set it to ")[1]
         usual, others = instead.split(", or choose ")
         assert usual == USUAL[key]
-        assert set(others.split(" or ")) - {"lookahead"} == accepted
+        assert set(others.split(" or ")) - VALIDATED == accepted
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,8 @@ def test_a_rule_matters_only_where_something_is_dropped(name, action):
 @pytest.mark.parametrize("name", ["ip", "magic"])
 def test_estimators_that_training_does_not_have_are_named(name):
     """`ip` takes a backward a sample: pipeline.fidelity measures the others against it."""
-    message = f"influence.estimator: '{name}' is none of loss, random, none, lookahead, rho, lai, lli, residual, ghost"
+    every = "loss, random, none, lookahead, rho, ngram, oracle, lai, lli, residual, ghost"
+    message = f"influence.estimator: '{name}' is none of {every}"
     with pytest.raises(ValueError, match=message):
         check(*configs(name), ADAM)
     with pytest.raises(ValueError, match=message):
@@ -215,6 +216,18 @@ def test_rho_and_its_model_go_together():
     for keys in ({"estimator": "rho"}, {"reference_model": "model"}):
         with pytest.raises(ValueError, match=r"'rho' and influence\.reference_model, the model .* go together"):
             InfluenceConfig(**keys)
+
+
+def test_the_oracle_and_its_subsets_go_together():
+    for keys in ({"estimator": "oracle"}, {"oracle_subsets": "a*"}):
+        with pytest.raises(ValueError, match=r"'oracle' and influence\.oracle_subsets, the subsets .* go together"):
+            InfluenceConfig(**keys)
+
+
+def test_ngram_in_a_loop_of_ones_own_wants_a_scorer():
+    influence, device = InfluenceConfig(estimator="ngram", reference="validation"), torch.device("cpu")
+    with pytest.raises(ValueError, match="counts n-grams of the whole corpus before a run"):
+        scorer_of(influence, tiny("llama"), 0, device, Stopwatch(device), lambda tensor: tensor)
 
 
 def test_rho_in_a_loop_of_ones_own_wants_the_model():

@@ -41,10 +41,10 @@ def pool(corpus, tiny_model, tmp_path) -> Callable[..., Config]:
         )
         model = options.pop("model", None) or tiny_model(kind)
         if options.get("influence__reference") == "validation":
-            options |= {
+            options = {
                 "data__reference_files": corpus / "documents.jsonl",
                 "data__prepared_dir": corpus / "prepared_with_reference",
-            }
+            } | options
         return config_of(corpus, tmp_path / name, model, settings, **(POOL | options))
 
     return make
@@ -370,3 +370,28 @@ def test_the_weights_come_back_to_the_bit(ranks, pool, stage):
         assert distance > 1e-3
         assert same
         assert difference == 0
+
+
+@pytest.mark.parametrize("estimator", ["oracle", "ngram"])
+def test_the_bars_keep_what_is_of_the_target(ranks, pool, corpus, tmp_path, estimator):
+    """Half of what is read, over two ranks. Catches n-grams counted in the wrong split, and another unit's subset."""
+    options: dict[str, Any] = {"influence__oracle_subsets": ["arg*"]}
+    if estimator == "ngram":
+        lines = (corpus / "documents.jsonl").read_text().splitlines()
+        target = [line for line in lines if json.loads(line)["meta"]["pile_set_name"] == "argparse"]
+        (tmp_path / "target.jsonl").write_text("\n".join(target))
+        options = {"influence__reference": "validation", "data__reference_files": tmp_path / "target.jsonl"}
+        options["data__prepared_dir"] = tmp_path / "prepared"
+    config = pool(max_steps=4, influence__estimator=estimator, **options)
+    ranks(run, config)
+    rows = ledger.read(Path(config.run_dir)).to_pandas()
+    of_target, kept = rows["subset"] == "argparse", rows["kept"]
+    assert 0 < of_target.mean() < 1
+    if estimator == "oracle":
+        assert set(rows["score"]) == {0.0, 1.0}
+        for _, step in rows.groupby("step"):
+            wanted, taken = (step["subset"] == "argparse"), step["kept"]
+            assert (wanted & taken).sum() == min(wanted.sum(), taken.sum())
+    else:
+        assert rows["score"][of_target].mean() > rows["score"][~of_target].mean() + 0.5
+        assert of_target[kept].mean() > of_target[~kept].mean() + 0.2
