@@ -21,7 +21,8 @@ from pipeline.evidence.fidelity_scores import measure
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Pearson's correlation, the mean over checkpoints and batches."""
     columns = list(dict.fromkeys((row["reference"], row["own_term"]) for row in rows))
-    table = Table(title="correlation with the references (self-influence in, out)", title_justify="left")
+    title = "correlation with the references (self-influence in, out; or on a target)"
+    table = Table(title=title, title_justify="left")
     for name in ("estimator", "sketch"):
         table.add_column(name, no_wrap=True)
     for reference, own_term in columns:

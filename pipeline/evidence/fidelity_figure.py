@@ -24,7 +24,7 @@ def draw(config: FidelityRun, comparisons: Sequence[Comparison], path: Path) -> 
     The reference is the config's first that was measured, with the run's own setting of `include_self`; the scatters
     show the run's own estimator where it was measured.
     """
-    own_term = "in" if config.influence.include_self else "out"
+    own_term = "target" if config.fidelity.target_sequences else "in" if config.influence.include_self else "out"
     measured = {comparison.reference for comparison in comparisons}
     reference = next(name for name in config.fidelity.references if name in measured)
     shown = [c for c in comparisons if c.reference == reference and c.own_term == own_term]
@@ -48,7 +48,8 @@ def draw(config: FidelityRun, comparisons: Sequence[Comparison], path: Path) -> 
             xlabel=reference,
             ylabel="score",
         )
-    above.suptitle(f"{own} against {reference}, self-influence {own_term}; a colour a batch")
+    of = "on a validation set" if own_term == "target" else f"self-influence {own_term}"
+    above.suptitle(f"{own} against {reference}, {of}; a colour a batch")
 
     lines, violins = below.subplots(1, 2)
     spreads: list[list[float]] = []

@@ -24,17 +24,18 @@ from pipeline.data.samples import Samples
 from pipeline.engine import checkpoint_files, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import checkpoints_of
-from pipeline.evidence.config import EXACT, FidelityRun
+from pipeline.evidence.config import EXACT, LOOKAHEAD, FidelityRun
 from pipeline.evidence.correlation import Comparison, widths
 from pipeline.evidence.fidelity_figure import draw
+from pipeline.evidence.on_target import hold_target, lookahead_scores, target_of
 from pipeline.evidence.references import (
-    BOTH,
     Adam,
     adam_step,
     inner_products,
     peak_learning_rate,
     reference_values,
     sample_gradients,
+    target_at,
 )
 from pipeline.evidence.shapley import row_sums
 from pipeline.influence.micro_batch import MicroBatch
@@ -91,6 +92,7 @@ def measure(config: FidelityRun) -> dict[str, Any]:
     batches = [
         samples.batch(first + index * size, size, device) for index in range(_WARM_UP_BATCHES + config.fidelity.batches)
     ]
+    target = target_of(config, device)
     comparisons: dict[tuple[str, ...], Comparison] = {}
     shapley = []
     for checkpoint in tqdm(names, desc="checkpoints"):
@@ -103,9 +105,10 @@ def measure(config: FidelityRun) -> dict[str, Any]:
         model.to(device)
         exact = copy.deepcopy(model).double()
         adam = adam_step(config, exact, moments, learning_rate)
+        held_target = target_at(exact, target) if target else None
         values_of_batch = []
         for index, batch in enumerate(batches[_WARM_UP_BATCHES:]):
-            values, details = reference_values(config, exact, batch, adam, learning_rate, index)
+            values, details = reference_values(config, exact, batch, adam, learning_rate, index, held_target)
             values_of_batch.append(values)
             shapley += [
                 {"checkpoint": checkpoint, "batch": index, "reference": name, **detail}
@@ -115,10 +118,10 @@ def measure(config: FidelityRun) -> dict[str, Any]:
         as_estimators = [
             ((reference, "none", "none"), own, [values[reference, own] for values in values_of_batch])
             for reference in _FIRST_ORDER
-            for own in BOTH
+            for own in config.fidelity.own_terms
             if all((reference, own) in values for values in values_of_batch)
         ]
-        scored = _all_scores(config, model, exact, batches, moments, adam)
+        scored = _all_scores(config, model, exact, batches, moments, adam, target)
         for key, own, scores in itertools.chain(scored, as_estimators):
             name, precondition, sketch = key
             whole = exact_forms.setdefault((name, precondition, own), scores)  # an exact form comes before its sketch
@@ -127,7 +130,7 @@ def measure(config: FidelityRun) -> dict[str, Any]:
                 if EXACT in config.fidelity.references and sketch != "none":
                     held[EXACT] = whole_B
                 for reference, values_B in held.items():
-                    where = (checkpoint, *key, reference, "in" if own else "out")
+                    where = (checkpoint, *key, reference, "target" if target else "in" if own else "out")
                     pairs = comparisons.setdefault(where, Comparison(*where)).pairs
                     pairs.append((scores_B.numpy(), values_B.numpy()))
     report = {"rows": [comparison.row() for comparison in comparisons.values()], "shapley": shapley}
@@ -145,28 +148,33 @@ def _all_scores(
     batches: list[Batch],
     moments: Moments | None,
     adam: Adam | None,
+    target: list[Batch] | None,
 ) -> Iterator[tuple[tuple[str, str, str], bool, list[Tensor]]]:
     """(estimator, precondition, sketch), whether the self-influence is in, and the scores of every measured batch."""
     measured = batches[_WARM_UP_BATCHES:]
     second = second_moments(moments, adam.betas[1], model.device) if moments and adam else None
     matrices: dict[str, list[Tensor]] = defaultdict(list)
-    if set(config.fidelity.estimators) & set(_COMPARISON_ONLY):
+    if set(config.fidelity.measured) & set(_COMPARISON_ONLY):
         for batch in measured:
             found = flattened_grams(model, batch) | {"ip": inner_products(sample_gradients(exact, batch))}
             for name, matrix_BB in found.items():
                 matrices[name].append(matrix_BB.double().cpu())
-    for entry in config.fidelity.estimators:
+    for entry in config.fidelity.measured:
         name, _, form = entry.partition("/")
         precondition = form or "none"
         if form == "adam_state" and second is None:
             continue  # no optimizer state to go by
+        if name == LOOKAHEAD:
+            if adam and target:
+                yield (name, "none", "none"), True, list(lookahead_scores(config, model, adam, target, measured))
+            continue
         if name in _LAST_BLOCKS:
             means = second.means if second and form else None
             grams = [partial_backward_gram(model, batch, _LAST_BLOCKS[name], means) for batch in measured]
-            for own in BOTH:
+            for own in config.fidelity.own_terms:
                 yield (name, precondition, "none"), own, [row_sums(gram.double().cpu(), own) for gram in grams]
             continue
-        for own in BOTH:
+        for own in config.fidelity.own_terms:
             if name in _COMPARISON_ONLY:
                 alone = name == "logit_gradient_norm"
                 yield (name, "none", "none"), own, [row_sums(matrix, own or alone) for matrix in matrices[name]]
@@ -176,16 +184,27 @@ def _all_scores(
                 scorer = scorer_of(influence, model, config.seed, device, Stopwatch(device), lambda tensor: tensor)
                 if isinstance(scorer, SketchScorer) and scorer.reads_second_moments and second:
                     scorer.precondition(second)
-                for batch in batches[:_WARM_UP_BATCHES] if form == "adam_ema" else []:
+                warm_up = batches[:_WARM_UP_BATCHES] if form == "adam_ema" else []
+                hold_target(scorer, model, target)
+                for batch in warm_up:
                     scores_of(scorer, model, batch)
+                if warm_up:
+                    hold_target(scorer, model, target)  # anew, in the geometry that is known by now
                 scores = [scores_of(scorer, model, batch) for batch in measured]
                 yield (name, precondition, widths(influence)), own, scores
 
 
 def _forms(config: FidelityRun, name: str, precondition: str, own: bool) -> list[InfluenceConfig]:
     """The estimator as the config sketches it and, where asked for, exact; controls have one form."""
-    chosen: dict[str, Any] = {"estimator": name, "precondition": precondition, "include_self": own}
-    base = replace(config.influence, reference="batch", unit="sequence", scope="micro_step", **chosen)
+    base = InfluenceConfig(
+        name,
+        reference="validation" if config.fidelity.target_sequences else "batch",
+        include_self=own,
+        sketch=config.influence.sketch,
+        precondition=precondition,  # type: ignore[arg-type]
+        adam_power=config.influence.adam_power,
+        adam_decay=config.influence.adam_decay,
+    )
     exact = replace(base, sketch="none")
     if name in ("loss", "random") or base.sketch == "none":
         return [exact]

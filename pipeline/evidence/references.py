@@ -87,14 +87,17 @@ def sample_gradients(model: nn.Module, batch: Batch) -> Tensor:
     return gradients_BP
 
 
-def inner_products(gradients_BP: Tensor, denominator_P: Tensor | None = None) -> Tensor:
-    """<g_j, g_z>, or in Adam's geometry <g_j / denominator, g_z>, (B, B) float64; symmetric, positive helps.
+def inner_products(
+    gradients_BP: Tensor, denominator_P: Tensor | None = None, target_ZP: Tensor | None = None
+) -> Tensor:
+    """<g_j, g_z>, or in Adam's geometry <g_j / denominator, g_z>, (B, Z) float64; positive helps. Targets are the
+    sequences themselves, or those of `target_ZP`.
 
     Of gradients of summed losses. Times lr / tokens^2 (under Adam also (1 - b1) / (1 - b1^t)) it is, to first order in
     the step, what `StepEffect` measures.
     """
     scaled_BP = gradients_BP if denominator_P is None else gradients_BP / denominator_P
-    return (scaled_BP @ gradients_BP.T).double()
+    return (scaled_BP @ (gradients_BP if target_ZP is None else target_ZP).T).double()
 
 
 class FirstOrderEffect:
@@ -103,21 +106,28 @@ class FirstOrderEffect:
 
     game(C)_z = <gradient of target z's loss, weights after nobody's step - weights after C's>, to first order the same
     units. No forward is run. Under SGD its Shapley values are `inner_products`; under Adam they are so up to what a
-    coalition's gradient does to its own second moment. Targets are the sequences of the batch.
+    coalition's gradient does to its own second moment. Targets are the sequences of the batch, or `target`: gradients
+    of the summed losses of others, (Z, P), and how many tokens these have.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Batch, gradients_BP: Tensor, step: Callable[[Tensor, Tensor], Tensor]
+        self,
+        model: nn.Module,
+        batch: Batch,
+        gradients_BP: Tensor,
+        step: Callable[[Tensor, Tensor], Tensor],
+        target: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self._step = step
         self._weights_P = nn.utils.parameters_to_vector(trainable(model).values()).detach()
         self._gradients_BP = gradients_BP / (batch.labels_BT != IGNORE).sum()
+        self._target_ZP = self._gradients_BP if target is None else target[0] / target[1]
         self._nobody_P = step(self._weights_P, torch.zeros_like(self._weights_P))
 
     def __call__(self, coalition_B: Tensor) -> Tensor:
         gradient_P = coalition_B.to(self._gradients_BP) @ self._gradients_BP
         moved_P = self._nobody_P - self._step(self._weights_P, gradient_P)
-        return (self._gradients_BP @ moved_P).double().cpu()
+        return (self._target_ZP @ moved_P).double().cpu()
 
 
 class StepEffect:
@@ -164,7 +174,23 @@ class StepEffect:
         return (losses_ZT.double().sum(1) / (self._target.labels_BT != IGNORE).sum()).cpu()
 
 
-BOTH = (True, False)
+@dataclass(frozen=True)
+class Target:
+    """Whose loss counts in place of the batch's own: sequences, and the gradient of their summed loss, (1, P)."""
+
+    batch: Batch
+    gradient_1P: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        return (self.batch.labels_BT != IGNORE).sum()
+
+
+def target_at(model: nn.Module, batches: list[Batch]) -> Target:
+    """The sequences of these batches, with their gradient at the model's weights."""
+    ids, labels = (torch.cat([getattr(batch, name) for batch in batches]) for name in ("input_ids_BT", "labels_BT"))
+    gradient_1P = torch.stack([sample_gradients(model, batch).sum(0) for batch in batches]).sum(0)[None]
+    return Target(Batch(ids, labels, []), gradient_1P)
 
 
 Values = dict[tuple[str, bool], Tensor]
@@ -175,9 +201,22 @@ Values = dict[tuple[str, bool], Tensor]
 
 
 def reference_values(
-    config: FidelityRun, model: PreTrainedModel, batch: Batch, adam: Adam | None, learning_rate: float, index: int
+    config: FidelityRun,
+    model: PreTrainedModel,
+    batch: Batch,
+    adam: Adam | None,
+    learning_rate: float,
+    index: int,
+    target: Target | None = None,
 ) -> tuple[Values, dict[str, Any]]:
-    """What each sample of the `index`-th batch does, by every reference that applies, and how Shapley's went."""
+    """What each sample of the `index`-th batch does, to the batch or to `target`, by every reference that applies, and
+    how Shapley's went."""
+    own_terms = config.fidelity.own_terms
+    gradient_1P = None if target is None else target.gradient_1P
+    looked_at: dict[type, dict[str, Any]] = {StepEffect: {}, FirstOrderEffect: {}}
+    if target is not None:
+        looked_at[StepEffect] = {"target": target.batch}
+        looked_at[FirstOrderEffect] = {"target": (target.gradient_1P, target.tokens)}
     values: Values = {}
     details: dict[str, Any] = {}
     gradients_BP = sample_gradients(model, batch)
@@ -190,36 +229,36 @@ def reference_values(
         if name == EXACT:
             continue  # not of the samples, but of the other form of an estimator
         if name == "ip":
-            effects = inner_products(gradients_BP).cpu()
+            effects = inner_products(gradients_BP, None, gradient_1P).cpu()
         elif name == "ip_adam":
             if adam is None or adam.step == 0:
                 continue  # Adam has no geometry before its first update
-            effects = inner_products(gradients_BP, adam.denominator_P).cpu()
+            effects = inner_products(gradients_BP, adam.denominator_P, gradient_1P).cpu()
         else:
             game, rule = games[name]
             if rule is None or (game is StepEffect and index >= config.fidelity.shapley_batches):
                 continue
             started = time.perf_counter()
             estimate = permutation_shapley(
-                game(model, batch, gradients_BP, rule),
+                game(model, batch, gradients_BP, rule, **looked_at.get(game, {})),
                 len(gradients_BP),
                 config.seed,
                 config.fidelity.permutations,
                 config.fidelity.standard_error,
-                lambda effects: torch.stack([row_sums(effects, own) for own in BOTH]),
+                lambda effects: torch.stack([row_sums(effects, own) for own in own_terms]),
             )
             effects = estimate.effects_nZ
-            spreads = [float(row_sums(effects, own).std()) for own in BOTH]
+            spreads = [float(row_sums(effects, own).std()) for own in own_terms]
             details[name] = {
                 "permutations": estimate.permutations,
                 "learning_rate": learning_rate,
                 "standard_error": {
                     "in" if own else "out": float(errors.max()) / spread if spread else None
-                    for own, errors, spread in zip(BOTH, estimate.errors_Rn, spreads, strict=True)
+                    for own, errors, spread in zip(own_terms, estimate.errors_Rn, spreads, strict=True)
                 },
                 "seconds": round(time.perf_counter() - started, 1),
             }
-        values |= {(name, own): row_sums(effects, own) for own in BOTH}
+        values |= {(name, own): row_sums(effects, own) for own in own_terms}
     return values, details
 
 

@@ -47,7 +47,7 @@ def _shown_fidelity(rows: list[dict[str, Any]], config: dict[str, Any]) -> list[
     """The rows of one reference, Adam's geometry where it was measured, with the run's own `include_self`: what fits
     into one table. fidelity.json has all."""
     own_term = "in" if config["influence"].get("include_self", True) else "out"
-    measured = [row for row in rows if row["pearson_mean"] is not None and row["own_term"] == own_term]
+    measured = [row for row in rows if row["pearson_mean"] is not None and row["own_term"] in (own_term, "target")]
     wanted = [name for name in ("ip_adam", "ip") if any(row["reference"] == name for row in measured)]
     return [row for row in measured if row["reference"] in wanted[:1]]
 

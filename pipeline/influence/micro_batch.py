@@ -1,6 +1,6 @@
 """One micro-batch on its way through the model to its scorer: the calls, in their order, in one place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.estimator import SampleGradients
-from pipeline.influence.scorer import Scorer
+from pipeline.influence.scorer import Scorer, SketchScorer
 from pipeline.tasks.causal_lm import Visitor, token_losses
 
 
@@ -66,6 +66,20 @@ class MicroBatch:
                 return visit(gradient_nV, labelled_n)
 
         return timed_visit
+
+
+def hold_validation(
+    scorer: SketchScorer, model: Callable[..., Any], batches: Iterable[Batch], timed: Stopwatch
+) -> None:
+    """These become what `scorer` scores against. Collective where the scorer's sum is; as many batches on each rank."""
+    for batch in batches:
+        watched = MicroBatch(scorer, batch, timed)
+        with torch.set_grad_enabled(scorer.after_backward):
+            watched.forward(model)
+        watched.before_backward(None)
+        watched.backward_to_inputs()
+        watched.add()
+    scorer.hold_validation()
 
 
 def forward_logits(model: Callable[..., Any], batch: Batch) -> Tensor:

@@ -14,7 +14,7 @@ from pipeline.data.rows import Rows, batch_of
 from pipeline.data.samples import Samples
 from pipeline.engine import adam_state, collectives, deepspeed_engine
 from pipeline.engine.deepspeed_engine import DeepSpeedEngine
-from pipeline.influence.micro_batch import MicroBatch, forward_losses
+from pipeline.influence.micro_batch import forward_losses, hold_validation
 from pipeline.influence.scorer import Scorer, SketchScorer
 from pipeline.influence.table import check, scorer_of
 from pipeline.models.dropout import refuse_dropout
@@ -248,16 +248,9 @@ class InfluenceEngine:
     def _hold_validation(self, scorer: SketchScorer, batches: Iterator[Batch]) -> None:
         """The sketch of all ranks' batches."""
         self._engine.eval()
-        for batch in batches:
-            watched = MicroBatch(scorer, batch, self.timed)
-            with torch.set_grad_enabled(scorer.after_backward):
-                # Not through the engine, which expects a backward for the weights to follow.
-                watched.forward(self._engine.module)
-            watched.before_backward(None)
-            watched.backward_to_inputs()
-            watched.add()
+        # Not through the engine, which expects a backward for the weights to follow.
+        hold_validation(scorer, self._engine.module, batches, self.timed)
         self._engine.train()
-        scorer.hold_validation()
 
     @torch.no_grad()
     def _reference_losses(self, model: Callable[..., Any], batch: Batch) -> Tensor:

@@ -14,12 +14,15 @@ from pipeline.data.samples import Samples
 from pipeline.engine import checkpoint_files
 from pipeline.engine.checkpoints import checkpoints_of
 from pipeline.evidence import references
-from pipeline.evidence.config import ESTIMATORS, FidelityRun
+from pipeline.evidence.config import ESTIMATORS, LOOKAHEAD, ON_TARGET, FidelityRun
 from pipeline.evidence.correlation import pearson, spearman
 from pipeline.evidence.fidelity_scores import measure
+from pipeline.evidence.on_target import lookahead_scores
+from pipeline.evidence.references import adam_step
 from pipeline.fidelity import main
 from pipeline.models.load import load_model
 from pipeline.models.second_moments import second_moments
+from pipeline.record import ledger
 from pipeline.tasks.causal_lm import token_losses
 from tests.runs import ADAM, config_of, deepspeed_json, run
 
@@ -51,7 +54,7 @@ def adam_run(ranks, corpus, tiny_model, tmp_path_factory):
                 fidelity__batch_size=5,
                 fidelity__batches=2,
                 fidelity__permutations=4,
-                fidelity__estimators=json.dumps(ESTIMATORS),
+                fidelity__estimators=json.dumps([name for name in ESTIMATORS if name != LOOKAHEAD]),
                 fidelity__references='["ip","ip_adam","shapley_sgd","shapley_adam","shapley_adam_limit"]',
             )
             ranks(run, made[stage])
@@ -131,7 +134,7 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     one_form = {"ip", "ghost_flattened", "lai_flattened", "logit_gradient_norm", "loss", "random"}
     one_form |= {name for name in ESTIMATORS if name.startswith("residual_last")}
     # And the first-order references, against the others.
-    forms = 2 * len(ESTIMATORS) - len(one_form) + 2
+    forms = 2 * (len(ESTIMATORS) - 1) - len(one_form) + 2
     assert len(rows) == 2 * forms * 5 * 2
     assert {row["checkpoint"] for row in rows} == {"step-2", "step-3"}
     assert {row["sketch"] for row in rows} == {"none", "32x64", "16x64"}
@@ -219,6 +222,93 @@ def test_sketches_are_held_against_the_exact_form_of_their_own_estimator(adam_ru
     assert [row["pearson_min"] for row in whole] == pytest.approx([1, 1])
 
 
+def test_scores_against_a_target_are_held_against_what_samples_do_to_its_loss(adam_run, corpus, tmp_path):
+    """Catches values on the batch's own loss, a target that the scorer never held, and self-influence in either."""
+    config = adam_run(0)
+    data = replace(
+        config.data, reference_files=str(corpus / "documents.jsonl"), prepared_dir=str(tmp_path / "data"),
+        allow_overlap=True,
+    )  # fmt: skip
+    chosen = {
+        "target_sequences": 7,
+        "estimators": None,
+        "references": ["ip", "ip_adam", "shapley_adam", "shapley_adam_limit"],
+        "checkpoints": ["step-3"],
+        "batches": 1,
+        "permutations": 20,
+    }
+    influence = replace(config.influence, estimator="oracle", oracle_subsets="*")  # of the run, and not measured
+    config = replace(config, data=data, influence=influence, fidelity=replace(config.fidelity, **chosen))
+    rows = measure(config)["rows"]
+    assert {row["own_term"] for row in rows} == {"target"}
+    named = {name.split("/")[0] for name in ON_TARGET} | {"ip_adam", "shapley_adam_limit"}
+    assert {row["estimator"] for row in rows} == named
+    found = {
+        (row["estimator"], row["precondition"], row["reference"]): row["pearson_mean"]
+        for row in rows
+        if row["sketch"] == "none"
+    }
+    assert found["ghost", "none", "ip"] > 0.99  # this model has norms beside
+    assert found["ghost", "adam_state", "ip_adam"] > 0.98
+    assert found["shapley_adam_limit", "none", "shapley_adam"] > 0.99
+    assert found["lookahead", "none", "shapley_adam"] > 0.8  # after three steps Adam's moments are mostly the target's
+    assert found["lai", "none", "ip"] < 0.9  # else any five numbers would do
+
+    # By hand: the gradient of the target's mean loss, with each sequence's own.
+    model = load_model(config.model, config.seed).double()
+    checkpoint_files.load_weights(model, checkpoints_of(config.run_dir)["step-3"])
+    held = Samples(load_split(data.prepared_dir, "reference"), config.seed, "sequence").batch(0, 7, CPU)
+    read = Samples(load_split(data.prepared_dir, "train"), config.seed, "sequence")
+    batch = read.batch(4 * STEPS + 8 * 5, 5, CPU)  # behind what the run read and what running means warm up on
+    target, values = gradient_of(model, held), []
+    for row in range(5):
+        values.append(float(gradient_of(model, batch, row) @ target))
+    effects, _ = references.reference_values(config, model, batch, None, 1e-3, 0, references.target_at(model, [held]))
+    np.testing.assert_allclose(effects["ip", True], values, rtol=1e-6)
+
+
+def gradient_of(model, batch, row=None):
+    """Of the summed loss of all sequences, or of one."""
+    losses, _ = token_losses(model(input_ids=batch.input_ids_BT).logits, batch.labels_BT)
+    parts = torch.autograd.grad((losses if row is None else losses[row]).sum(), list(model.parameters()))
+    return torch.cat([part.flatten() for part in parts])
+
+
+def test_lookahead_is_measured_as_training_scores_with_it(corpus, tiny_model, tmp_path):
+    """Catches another rate, clipping or fraction, sums in place of means, and moments of another step."""
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("llama"),
+        deepspeed_json(tmp_path / "ds.json", 0, optimizer=ADAM, gradient_clipping=0.1),
+        FidelityRun,
+        max_steps=2,
+        checkpoint__every_steps=1,
+        influence__estimator="lookahead",
+        influence__reference="validation",
+        influence__validation_sequences=6,
+        influence__lookahead_step=0.5,
+        policy__rule="top",
+        policy__pool=2,
+        data__reference_files=corpus / "documents.jsonl",
+        data__prepared_dir=tmp_path / "data",
+    )
+    run(config)
+    rows = ledger.read(Path(config.run_dir)).to_pandas()
+    scored = rows[rows["step"] == 2]["score"].to_numpy()
+    checkpoint = checkpoints_of(config.run_dir)["step-1"]
+    model = load_model(config.model, config.seed).eval()
+    checkpoint_files.load_weights(model, checkpoint)
+    moments, rate = checkpoint_files.checkpoint_adam(checkpoint), checkpoint_files.checkpoint_learning_rate(checkpoint)
+    splits = {name: Samples(load_split(config.data.prepared_dir, name), config.seed, "sequence") for name in
+              ("train", "reference")}  # fmt: skip
+    target = [splits["reference"].batch(6, 4, CPU), splits["reference"].batch(10, 2, CPU)]
+    batch = splits["train"].batch(len(scored), len(scored), CPU)
+    adam = adam_step(config, model, moments, rate)
+    (measured,) = lookahead_scores(config, model, adam, target, [batch])
+    np.testing.assert_allclose(measured.numpy(), scored, rtol=0, atol=2e-3 * np.abs(scored).max())
+
+
 def test_a_run_without_checkpoints_is_measured_at_its_start_by_the_command(adam_run, tmp_path, capsys):
     """Before Adam's first update there is no geometry to measure in."""
     config = replace(adam_run(3), run_dir=str(tmp_path / "new"))
@@ -245,6 +335,12 @@ def test_a_checkpoint_that_is_not_there_is_named(adam_run):
     ("option", "message"),
     [
         ({"fidelity__estimators": "[lai,magic]"}, "fidelity.estimators: 'magic' is none of"),
+        ({"fidelity__estimators": "[lookahead]"}, "'lookahead' scores against a validation set: set fidelity.target"),
+        (
+            {"fidelity__estimators": "[lai,ip]", "fidelity__target_sequences": 4},
+            "'ip' is not measured against fidelity.target_sequences; leave it out, or choose among lai, ",
+        ),
+        ({"fidelity__target_sequences": 4}, "fidelity.target_sequences needs data.reference_files, which is not set"),
         ({"fidelity__references": "[]"}, "fidelity.references is empty"),
         ({"fidelity__references": "[exact]", "fidelity__exact": "false"}, "set fidelity.exact to true"),
         ({"fidelity__batch_size": 2}, "fidelity.batch_size must be"),
