@@ -1,14 +1,17 @@
-"""Arms of `launch/pools.sh` beside `random`: bits per byte of the target and of other held-out text, by paired seeds.
+"""Arms of `launch/pools.sh` beside `random`: bits per byte of the target and of other held-out text, by paired seeds,
+and what a step took. Arms of other lengths (`lookahead,max_steps=16`) stand beside the same `random`.
 
 python launch/pool_table.py "PubMed Abstracts" OUT_DIR/ARM/seed-N ...
 """
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import pandas as pd
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from pipeline.record import ledger
 
@@ -23,21 +26,26 @@ for run in map(Path, runs):
     others = [row for name, row in subsets.items() if name != target]
     tokens = sum(row["tokens"] for row in others)
     kept = ledger.read(run).to_pandas().query("kept")
+    board = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
     rows.append(
         {
-            "arm": re.sub(",influence.reference(_model)?=[^,]*", "", run.parent.name),
+            "arm": re.sub(
+                r",(influence\.(reference|reference_model|oracle_subsets)|max_steps)=[^,]*", "", run.parent.name
+            ),
+            "steps": summary["steps"],
             "seed": run.name,
             "target": subsets[target]["bits_per_byte"],
             "other": sum(row["bits_per_byte"] * row["tokens"] for row in others) / tokens,
             "kept of target %": 100 * (kept["subset"] == target).mean(),
-            "scoring %": 100 * (summary["scoring_fraction"] or 0),
+            "seconds a step": statistics.median(event.value for event in board.Scalars("time/step")),
         }
     )
-table = pd.DataFrame(rows).set_index(["arm", "seed"])
+table = pd.DataFrame(rows).set_index(["arm", "steps", "seed"])
+longest = table.loc["random"].sort_index(level="steps", ascending=False).droplevel("steps")
+random = longest[~longest.index.duplicated()]
 for metric in ("target", "other"):
-    paired = table[metric] - table.loc["random", metric]
-    table[f"{metric} - random"] = paired
-summed = table.groupby("arm").agg(["mean", "std", "count"])
+    table[f"{metric} - random"] = table[metric] - random[metric].reindex(table.index, level="seed")
+summed = table.groupby(["arm", "steps"]).agg(["mean", "std", "count"])
 shown = {name: summed[name]["mean"] for name in table.columns}
 shown |= {f"{name}, spread": summed[name]["std"] for name in ("target - random", "other - random")}
 print(
