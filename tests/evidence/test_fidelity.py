@@ -274,7 +274,7 @@ def gradient_of(model, batch, row=None):
     return torch.cat([part.flatten() for part in parts])
 
 
-def test_lookahead_is_measured_as_training_scores_with_it(corpus, tiny_model, tmp_path):
+def test_lookahead_is_measured_as_training_scores_with_it(ranks, corpus, tiny_model, tmp_path):
     """Catches another rate, clipping or fraction, sums in place of means, and moments of another step."""
     config = config_of(
         corpus,
@@ -293,7 +293,7 @@ def test_lookahead_is_measured_as_training_scores_with_it(corpus, tiny_model, tm
         data__reference_files=corpus / "documents.jsonl",
         data__prepared_dir=tmp_path / "data",
     )
-    run(config)
+    ranks(run, config)
     rows = ledger.read(Path(config.run_dir)).to_pandas()
     scored = rows[rows["step"] == 2]["score"].to_numpy()
     checkpoint = checkpoints_of(config.run_dir)["step-1"]

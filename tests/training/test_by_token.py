@@ -113,7 +113,7 @@ def test_the_weights_are_those_of_training_on_what_is_left(ranks, corpus, tiny_m
     ],
     ids=lambda options: options["influence__estimator"],
 )
-def test_two_ranks_decide_as_one(ranks, corpus, tiny_model, tmp_path, options):
+def test_two_ranks_decide_as_one(ranks, one_rank, corpus, tiny_model, tmp_path, options):
     """Of a step's 8 sequences. Catches a rank that decides on its own tokens, or in its own order."""
     if options["influence__estimator"] == "lookahead":
         files = {"data__reference_files": corpus / "documents.jsonl", "data__allow_overlap": True}
@@ -121,7 +121,7 @@ def test_two_ranks_decide_as_one(ranks, corpus, tiny_model, tmp_path, options):
     two = by_token(corpus, tmp_path / "two", tiny_model("llama"), micro=2, accumulation=2, **options)
     one = by_token(corpus, tmp_path / "one", tiny_model("llama"), micro=4, accumulation=2, **options)
     ranks(run, two)
-    run(one)
+    one_rank(run, one)
     ours, theirs = (ledger.read(config.run_dir).to_pandas() for config in (two, one))
     assert ours["weight"].nunique() > 4
     tokens = ours["tokens"]
