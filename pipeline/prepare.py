@@ -23,6 +23,11 @@ def _table(report: dict[str, Any]) -> str:
         for name, counts in [*part["subsets"].items(), ("all", part)]:
             size = f"{counts['documents']:12,} {counts['tokens']:16,} {counts['bytes'] / 1e6:10,.2f}"
             lines.append(f"{split:5} {name:24} {size}")
+        lines += [
+            f"{split:5} source {name}: {source['sequences']:,} sequences, {source['documents']:,} documents, "
+            f"{source['tokens']:,} tokens"
+            for name, source in part.get("sources", {}).items()
+        ]
         lines.append(f"{split:5} {part['sequences']:,} sequences, {part['padding']:,} tokens of padding")
         if part.get("frame"):
             share = part["frame"] / max(part["tokens"], 1)

@@ -159,7 +159,10 @@ def to_yaml(config: Config) -> str:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as nested dicts of plain values."""
-    return {
-        field.name: to_dict(value) if is_dataclass(value := getattr(config, field.name)) else value
-        for field in fields(config)
-    }
+    return {field.name: _plain(getattr(config, field.name)) for field in fields(config)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return to_dict(value) if is_dataclass(value) else value

@@ -3,6 +3,7 @@
 Batch sizes, accumulation, precision, optimizer and ZeRO live in the DeepSpeed JSON only and are never repeated here.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -52,14 +53,31 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SourceConfig:
+    files: str | list[str]
+    """What the source is: in the forms of `data.train_files`."""
+    weight: float | None = None
+    """Its share of the sequences that are read, and so of their tokens: any positive number, over the sum of all
+    sources' (to a millionth). Default, for all sources together only: by their sizes."""
+    epochs: float | None = None
+    """How often it may be read at most, fractions too; then the others share its part. Default: no limit."""
+
+    def __post_init__(self) -> None:
+        expand(self, "files")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     prepared_dir: str
     """Directory of the tokenized, packed, memory-mapped dataset; made by `pipeline.prepare` where it is missing."""
-    train_files: str | list[str] = BUILTIN
+    train_files: str | list[str] | None = None
     """What to train on: paths or globs (`.jsonl`, `.jsonl.gz`, `.jsonl.zst`, `.txt`, `.parquet`), a hub id
     (`owner/name`, `owner/name:split` or `owner/name:config:split`, default split train, with `@revision` behind to pin
     it), or `builtin`: the text that every Python installation
-    carries."""
+    carries. Default: `builtin`, without `mixture`."""
+    mixture: dict[str, SourceConfig] | None = None
+    """Named sources in place of `train_files`, each with `files`, `weight` and `epochs`. Rows are packed of one source
+    each; weights and epochs can change without preparing anew, but not in a run. Default: none."""
     eval_files: str | list[str] | None = None
     """Held-out documents, in the same forms; `builtin` holds out a twentieth of its documents. Default: none."""
     reference_files: str | list[str] | None = None
@@ -75,7 +93,8 @@ class DataConfig:
     subset_field: str = "meta.pile_set_name"
     """Field of a record that names its subset, dotted where nested; a record without it belongs to subset `-`."""
     max_sequences: int | None = None
-    """Stop preparing after this many training sequences (a hub corpus is streamed only so far). Default: all."""
+    """Stop preparing after this many training sequences (a hub corpus is streamed only so far); with `mixture`, of
+    each source. Default: all."""
     max_eval_sequences: int | None = None
     """The same for the held-out sequences, and for those of `reference_files`. Default: all."""
     max_bad_fraction: float = 0.001
@@ -101,6 +120,10 @@ class DataConfig:
     the planted noise. Default: no such noise."""
 
     def __post_init__(self) -> None:
+        if self.mixture is not None:
+            self._check_mixture(self.mixture)
+        elif self.train_files is None:
+            object.__setattr__(self, "train_files", BUILTIN)
         expand(self, "prepared_dir", "train_files", "eval_files", "reference_files", "planted_foreign_files")
         at_least_one({"data.sequence_length": self.sequence_length}, least=2)  # the first token predicts the second
         at_least_one({f"data.{name}": getattr(self, name) for name in ("max_sequences", "max_eval_sequences")})
@@ -110,6 +133,37 @@ class DataConfig:
             raise ValueError("data.planted_foreign_files is for planted noise: set data.planted_noise, or leave it out")
         if self.reference_files == BUILTIN or BUILTIN in [*(self.reference_files or ())]:
             raise ValueError(f"data.reference_files: '{BUILTIN}' holds out nothing for it; give files or a hub id")
+
+    def _check_mixture(self, mixture: dict[str, SourceConfig]) -> None:
+        if self.train_files is not None:
+            raise ValueError("data.train_files and data.mixture both say what to train on: leave one of them out")
+        if not mixture:
+            raise ValueError("data.mixture names no source: name one or more, each with its files, or leave it out")
+        for name, source in mixture.items():
+            for key, number in (("weight", source.weight), ("epochs", source.epochs)):
+                if number is not None and not 0 < number < math.inf:
+                    raise ValueError(
+                        f"data.mixture.{name}.{key} must be a number above 0, not {number}; or leave it out"
+                    )
+        with_weight = [name for name, source in mixture.items() if source.weight is not None]
+        if with_weight and (without := sorted(mixture.keys() - with_weight)):
+            raise ValueError(
+                f"data.mixture: {with_weight[0]} has a weight and {without[0]} has none: give every source one, or none"
+            )
+
+    @property
+    def train_sources(self) -> dict[str, str | list[str]]:
+        """The keys that say what to train on, and the files of each: `train_files`, or those of `mixture` by name."""
+        if self.mixture is None:
+            assert self.train_files is not None
+            return {"train_files": self.train_files}
+        return {f"mixture.{name}.files": source.files for name, source in sorted(self.mixture.items())}
+
+    @property
+    def raw_files(self) -> dict[str, str | list[str] | None]:
+        """All keys that name raw files, and what each names."""
+        others = ("eval_files", "reference_files", "planted_foreign_files")
+        return {**self.train_sources, **{key: getattr(self, key) for key in others}}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import hashlib
 import platform
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,6 @@ from pipeline.data.tokenizer import vocabulary_size
 FORMAT = 1  # raise it whenever the same inputs would give other rows
 
 
-KEYS = ("train_files", "eval_files", "reference_files", "planted_foreign_files")
-
-
 class Known:
     """What an earlier preparation found: the content of files by their whole path, size and times, and the commit of
     each hub corpus. Empty: every file is read, every hub asked."""
@@ -28,7 +26,8 @@ class Known:
         self.files: dict[str, Any] = {}
         """Of this time, to be kept for the next."""
         self._before = files or {}
-        found = [source for key in KEYS for source in (fingerprint or {}).get(key) or [] if "hub" in source]
+        lists = [value for value in (fingerprint or {}).values() if isinstance(value, list)]
+        found = [source for sources in lists for source in sources if "hub" in source]
         self._hubs = {source["hub"]: source.get("revision") for source in found}
 
     def content(self, path: Path) -> str:
@@ -65,28 +64,32 @@ def _times(path: Path) -> list[int]:
 
 
 def fingerprint(
-    config: Config, tokenizer: PreTrainedTokenizerBase | None, known: Known | None = None
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase | None,
+    known: Known | None = None,
+    raw_files: Mapping[str, str | list[str] | None] | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides what the rows are. `tokenizer` is None where it is trained.
+    """Everything that decides what the rows are. `tokenizer` is None where it is trained; `raw_files`: others than
+    the config's.
 
     Reads every file once, unless `known` has it.
     """
     data, known = config.data, known or Known()
+    raw = data.raw_files if raw_files is None else raw_files
     planted: dict[str, Any] = {}
     if data.planted_noise:  # without it no keys: what was prepared before there was any stays what it is
-        foreign = data.planted_foreign_files
+        foreign = raw["planted_foreign_files"]
         planted = {
             "planted_noise": data.planted_noise,
             "planted_foreign_files": foreign and [_identity(source, known) for source in resolve(foreign)],
         }
     return {
         "format": FORMAT,
-        **{name: files and [_identity(source, known) for source in resolve(files)] for name, files in {
-            "train_files": data.train_files,
-            "eval_files": data.eval_files,
-            # Absent where there is none, as it was before there were any.
-            **({"reference_files": data.reference_files} if data.reference_files else {}),
-        }.items()},
+        **{
+            key: files and [_identity(source, known) for source in resolve(files)] for key, files in raw.items()
+            # Others are absent where there are none, as they were before there were any.
+            if key == "eval_files" or (files and key != "planted_foreign_files")
+        },
         "tokenizer": {"trained": vocabulary_size(config)} if tokenizer is None else _tokenizer_identity(tokenizer),
         "seed": preparation_seed(config),
         **{key: getattr(data, key) for key in (

@@ -6,21 +6,24 @@ from typing import Any
 from pipeline.config.schema import BUILTIN, DataConfig
 from pipeline.data.corpus import resolve, same_source
 
-KEYS = ("train_files", "eval_files", "reference_files")
-
 
 def refuse_shared_files(data: DataConfig) -> None:
-    """Raises ValueError where two of the splits read one file, by whatever name (links, globs), or one hub corpus.
-    Says so where a split reads one twice."""
+    """Raises ValueError where two of the splits, or two sources of a mixture, read one file, by whatever name (links,
+    globs), or one hub corpus. Says so where one reads it twice."""
     seen: dict[object, tuple[str, str]] = {}
-    for key in KEYS:
-        for source in resolve(getattr(data, key) or BUILTIN):
-            if source == BUILTIN:  # holds out its own part
+    for key in (*data.train_sources, "eval_files", "reference_files"):
+        for source in resolve(data.raw_files[key] or BUILTIN):
+            if source == BUILTIN and key not in data.train_sources:  # holds out its own part
                 continue
             identity = same_source(source)
             other, name = seen.setdefault(identity, (key, source))
             if other != key and not data.allow_overlap:
                 names = source if source == name else f"{source}, which is {name},"
+                if key in data.train_sources:
+                    raise ValueError(
+                        f"data.{key}: {names} is among data.{other} too, so it would be read as both. Leave it out of "
+                        "one of them; where it is meant, set data.allow_overlap to true"
+                    )
                 raise ValueError(
                     f"data.{key}: {names} is among data.{other} too, so what is held out would be trained on, or "
                     "judged by itself. Leave it out of one of them; where it is meant, set data.allow_overlap to true"

@@ -2,7 +2,8 @@
 
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -46,26 +47,23 @@ def _write_split(
     """Write the rows and the sources of a split under `directory`; returns its part of the report. `texts` is shown
     every document."""
     data, frame = config.data, frame_of(tokenizer, config.data)
-    files, most = {
-        "train": (data.train_files, data.max_sequences),
-        "eval": (data.eval_files or [], data.max_eval_sequences),
-        "reference": (data.reference_files or [], data.max_eval_sequences),
-    }[split]
-    problems = Problems(data.max_bad_fraction, f"data.{split}_files")
-    documents = problems.leave_out(read_documents(files, data, split))
+    most = data.max_sequences if split == "train" else data.max_eval_sequences
+    key = f"{split}_files"
+    sources = data.train_sources if split == "train" else {key: data.raw_files[key] or []}
     subsets: dict[str, Counter[str]] = {}
     planter = None
     if split == "train" and data.planted_noise:
         foreign = None if data.planted_foreign_files is None else _foreign_tokens(config, tokenizer)
         planter = Planter(data.planted_noise, preparation_seed(config), len(tokenizer), foreign)
     (directory / "documents").mkdir(exist_ok=True)
+    document_id, batches = 0, count()
 
-    def encoded() -> Iterator[list[tuple[str, np.ndarray]]]:
-        """Batches of (subset, tokens of a document), shuffled inside the batch, counted, their sources written."""
+    def encoded(problems: Problems, documents: Iterable[Document]) -> Iterator[list[tuple[str, np.ndarray]]]:
+        """Batches of (subset, tokens of a document), shuffled inside the batch, counted, their places written."""
+        nonlocal document_id
         room = None if most is None else most * data.sequence_length  # tokens that still fit
-        document_id = 0
-        for number, batch in enumerate(_batches(documents)):
-            order = np.random.default_rng([preparation_seed(config), SPLITS.index(split), number])
+        for batch in _batches(documents):
+            order = np.random.default_rng([preparation_seed(config), SPLITS.index(split), next(batches)])
             batch = [batch[index] for index in order.permutation(len(batch))]
             taken: list[tuple[str, np.ndarray]] = []
             rows: list[dict[str, Any]] = []
@@ -87,7 +85,7 @@ def _write_split(
                 rows.append({"document_id": document_id, **where, **size})
                 taken.append((document.subset, ids))
                 document_id += 1
-            sources.write_batch(pa.RecordBatch.from_pylist(rows, SOURCES))
+            places.write_batch(pa.RecordBatch.from_pylist(rows, SOURCES))
             bar.update(len(taken))
             bar.set_postfix_str(f"{sum(s['tokens'] for s in subsets.values()):,} tokens", refresh=False)
             yield taken
@@ -99,37 +97,58 @@ def _write_split(
          ("document_ids", pa.list_(pa.int64(), data.sequence_length)), ("subset", pa.list_(pa.string()))]
     )  # fmt: skip
     with (
-        pq.ParquetWriter(directory / "documents" / f"{split}.parquet", SOURCES) as sources,
+        pq.ParquetWriter(directory / "documents" / f"{split}.parquet", SOURCES) as places,
         pa.ipc.new_stream(str(directory / f"{split}.arrow"), schema) as writer,
         tqdm(desc=f"preparing {split}", unit=" documents", mininterval=1.0) as bar,
     ):
-        sequences = 0
-        for rows in _pack(encoded(), data.sequence_length, frame.padding, schema):
-            writer.write_batch(planter(rows) if planter else rows)
-            sequences += rows.num_rows
-    problems.check(problems.limit)
-    if not sequences:
-        raise ValueError(f"data.{split}_files: no document in {files}")
+        sequences, ends, found = 0, [(0, Counter[str]())], list[Problems]()
+        for key, files in sources.items():
+            problems = Problems(data.max_bad_fraction, f"data.{key}")
+            documents = encoded(problems, problems.leave_out(read_documents(files, data, split)))
+            for rows in _pack(documents, data.sequence_length, frame.padding, schema, document_id):
+                writer.write_batch(planter(rows) if planter else rows)
+                sequences += rows.num_rows
+            problems.check(problems.limit)
+            if sequences == ends[-1][0]:
+                raise ValueError(f"data.{key}: no document in {files}")
+            ends.append((sequences, _totals(subsets)))
+            found.append(problems)
     Dataset.from_file(str(directory / f"{split}.arrow")).save_to_disk(str(directory / split))
     (directory / f"{split}.arrow").unlink()
-    _say_subsets(config, files, subsets)
-    totals = {key: sum(counts[key] for counts in subsets.values()) for key in ("documents", "tokens", "bytes")}
+    _say_subsets(config, [source for files in sources.values() for source in resolve(files)], subsets)
+    totals = ends[-1][1]
+    of_sources = {
+        name: {
+            "first_row": first,
+            "sequences": stop - first,
+            "first_document": before["documents"],
+            **{key: after[key] - before[key] for key in totals},
+        }
+        for name, ((first, before), (stop, after)) in zip(sorted(data.mixture or ()), pairwise(ends), strict=False)
+    }
     return {
         **totals,
         "sequences": sequences,
         "padding": sequences * data.sequence_length - totals["tokens"],
         "frame": frame.tokens * totals["documents"],
         "subsets": {name: dict(subsets[name]) for name in sorted(subsets)},
-        "problems": dict(problems.kinds),
-        "first_problems": [{"file": p.file, "line": p.line, "what": p.what} for p in problems.first],
+        "problems": dict(sum((problems.kinds for problems in found), Counter())),
+        "first_problems": [
+            {"file": p.file, "line": p.line, "what": p.what} for problems in found for p in problems.first
+        ],
+        **({"sources": of_sources} if split == "train" and data.mixture else {}),
         **({"planted": dict(planter.counts)} if planter else {}),
     }
 
 
-def _say_subsets(config: Config, files: str | list[str], subsets: dict[str, Counter[str]]) -> None:
+def _totals(subsets: Mapping[str, Counter[str]]) -> Counter[str]:
+    return Counter({key: sum(counts[key] for counts in subsets.values()) for key in ("documents", "tokens", "bytes")})
+
+
+def _say_subsets(config: Config, files: list[str], subsets: dict[str, Counter[str]]) -> None:
     """Say how many documents of records have no subset: a field that none has is misspelled, or there is none."""
     without, every = subsets.get("-", Counter())["documents"], sum(part["documents"] for part in subsets.values())
-    if without and any(source != BUILTIN and not source.endswith(".txt") for source in resolve(files)):
+    if without and any(source != BUILTIN and not source.endswith(".txt") for source in files):
         tqdm.write(
             f"data.subset_field: {without:,} of {every:,} documents have no field `{config.data.subset_field}`; they "
             "are subset `-`. Name another field where they have subsets",
@@ -165,12 +184,12 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _pack(
-    batches: Iterable[list[tuple[str, np.ndarray]]], length: int, padding_id: int, schema: pa.Schema
+    batches: Iterable[list[tuple[str, np.ndarray]]], length: int, padding_id: int, schema: pa.Schema, first: int = 0
 ) -> Iterator[pa.RecordBatch]:
-    """Rows of `length` tokens from documents one after the other; only the last row is padded."""
+    """Rows of `length` tokens from documents one after the other, numbered from `first` on; only the last row is
+    padded."""
     tokens, owners = np.empty(0, np.int32), np.empty(0, np.int64)
     names: list[str] = []  # subsets of the documents from `first` on, the owner of the first token left over
-    first = 0
 
     def rows() -> pa.RecordBatch:
         ends = zip(owners[:whole:length] - first, owners[:whole].reshape(-1, length).max(1) - first, strict=True)

@@ -17,7 +17,6 @@ import shutil
 import socket
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +26,16 @@ from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.differences import changes
 from pipeline.config.ownership import owned
-from pipeline.config.schema import BUILTIN, Config, InfluenceConfig
+from pipeline.config.schema import Config
 from pipeline.data.corpus import check_files, gone
 from pipeline.data.document import Split
-from pipeline.data.fingerprint import KEYS, Known, fingerprint
+from pipeline.data.fingerprint import Known, fingerprint
 from pipeline.data.frame import frame_of, in_words
 from pipeline.data.limits import check_model
 from pipeline.data.overlap import Texts, refuse_shared_files
 from pipeline.data.overlap import in_words as overlap_in_words
 from pipeline.data.packing import _write_split
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
-
-RAW = ("train_files", "eval_files", "reference_files", "planted_foreign_files")
-"""Keys of `data` that name raw files."""
 
 
 def ensure_prepared(config: Config) -> None:
@@ -51,7 +47,7 @@ def ensure_prepared(config: Config) -> None:
     directory = Path(config.data.prepared_dir)
     if not (directory / "fingerprint.json").exists():
         return prepare(config)
-    if not any(gone(files) for name in RAW if (files := getattr(config.data, name))):
+    if not any(gone(files) for files in config.data.raw_files.values() if files):
         refuse_shared_files(config.data)
     tokenizer = load_tokenizer(config)
     check_model(config, tokenizer)
@@ -77,18 +73,15 @@ def _fingerprint_of_what_is_left(
 ) -> dict[str, Any]:
     """The fingerprint, in which files that are gone are taken for those that `old` knows."""
     left: dict[str, Any] = {}
-    for name in RAW:
-        files = getattr(config.data, name)
+    for name, files in config.data.raw_files.items():
         if files is not None and old.get(name) and (missing := gone(files)):
             where = f"what {config.data.prepared_dir} holds of it" + (
                 f" (and {len(missing) - 1} more)" * (len(missing) > 1)
             )
             print(f"data.{name}: {missing[0]} is gone; going on with {where}", flush=True)
             left[name] = [entry for entry in ([files] if isinstance(files, str) else files) if entry not in missing]
-    # Where none is left something stands in that always is there, for as long as the others are looked at.
-    here: dict[str, Any] = {name: files or (BUILTIN if name in RAW[:2] else None) for name, files in left.items()}
-    seen = replace(config, data=replace(config.data, **here), influence=InfluenceConfig())
-    new = fingerprint(seen, tokenizer, known)
+    here = {name: files or None for name, files in left.items()}
+    new = fingerprint(config, tokenizer, known, config.data.raw_files | here)
     for name, files in left.items():
         before = [_without_time(file) for file in old[name]]
         if not files or all(_without_time(file) in before for file in new[name]):
@@ -122,8 +115,8 @@ def _prepare(config: Config, target: Path) -> None:
     refuse_shared_files(config.data)
     tokenizer = load_tokenizer(config)
     check_model(config, tokenizer)
-    for key in KEYS:
-        if files := getattr(config.data, key):
+    for key, files in config.data.raw_files.items():
+        if files:
             check_files(files, f"data.{key}")
     old = load_fingerprint(target) if exists else None
     known = Known(_load_files(target))
@@ -205,7 +198,8 @@ def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
 
     input_ids (int32): documents one after the other, each in its frame (eos behind it, by default); a document
         may go on in the next row.
-    document_ids (int64): of every token, counting up from 0 in the split; -1 is padding, at the end of the last row.
+    document_ids (int64): of every token, counting up from 0 in the split; -1 is padding, at the end of the last row
+        (with `data.mixture`, of each source's last row).
     subset (strings): of each document of the row, in the order of their first tokens.
 
     With `data.planted_noise`, some training rows hold noise instead: see `Planter`.
@@ -229,7 +223,8 @@ def load_report(prepared_dir: str | Path) -> dict[str, Any]:
     """Per split: documents, tokens, bytes, sequences, padding (tokens), frame (tokens, bos and eos), subsets
     (documents, tokens, bytes of each), problems (count of each kind) and first_problems (file, line, what); where noise
     was planted, planted (training sequences replaced by each kind; documents and tokens are those before); in held-out
-    splits, overlap (of its texts, how many each other split has). Raises ValueError where there is none."""
+    splits, overlap (of its texts, how many each other split has); with `data.mixture`, sources (of each its first_row,
+    sequences, first_document, documents, tokens and bytes). Raises ValueError where there is none."""
     return _load_json(Path(prepared_dir) / "report.json")
 
 

@@ -1,30 +1,42 @@
 """Packed sequences -> batches."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 
 import datasets
 import numpy as np
 import torch
 
+from pipeline.config.schema import SourceConfig
 from pipeline.data.batch import IGNORE, PADDING, Batch, Unit, next_token_labels
+from pipeline.data.mixture import MixtureOrder, sources_of
 from pipeline.data.order import Order
+from pipeline.data.prepared import load_report, load_split
 
 
 class Samples:
-    """The packed sequences of a split in a seeded order (`Order`), and the units in them.
+    """The packed sequences of a split in a seeded order (`Order`, or that of a mixture), and the units in them.
 
     Documents in `leave_out` are there in name only: token 0 stands for each of theirs, and no position in them, and
     none that would predict a token of theirs, has a label. Order, shapes and units stay what they are.
     """
 
-    def __init__(self, rows: datasets.Dataset, seed: int, unit: str, leave_out: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        seed: int,
+        unit: str,
+        leave_out: Collection[int] = (),
+        mixture: MixtureOrder | None = None,
+    ) -> None:
         self._rows = rows.with_format("numpy")
         self._documents = self._rows.select_columns(["document_ids", "subset"])
-        self._order, self._unit = Order(len(rows), seed), unit
+        self.mixture, self._unit = mixture, unit
+        self._order = mixture or Order(len(rows), seed)
         self._leave_out = np.array(sorted(leave_out), dtype=np.int64)
 
     def epoch(self, position: int) -> int:
-        """How often all sequences were seen before `position`."""
+        """How often all sequences, of a mixture those of the source at `position`, were seen before it."""
         return self._order.epoch(position)
 
     def micro_batches(
@@ -84,6 +96,20 @@ class Samples:
                 left_out = bool(len(self._leave_out)) and bool(np.isin(documents, self._leave_out).any())
                 units.append(Unit(positions[row], sample_id, span, documents, _largest_subset(group), left_out))
         return units
+
+
+def training_samples(
+    prepared_dir: str | Path,
+    seed: int,
+    unit: str,
+    mixture: Mapping[str, SourceConfig] | None,
+    leave_out: Collection[int] = (),
+) -> Samples:
+    """The training split in the order of a run. Raises ValueError where it was not prepared."""
+    order = None
+    if mixture is not None:
+        order = MixtureOrder(sources_of(mixture, load_report(prepared_dir)["train"]), seed)
+    return Samples(load_split(prepared_dir, "train"), seed, unit, leave_out, order)
 
 
 def _largest_subset(parts: list[tuple[int, str, int, int]]) -> str:

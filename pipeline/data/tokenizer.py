@@ -69,7 +69,8 @@ def vocabulary_size(config: Config) -> int:
 
 
 def train_tokenizer(config: Config) -> PreTrainedTokenizerBase:
-    """A byte-level BPE, trained on the first `TOKENIZER_CHARACTERS` of the training documents.
+    """A byte-level BPE, trained on the first `TOKENIZER_CHARACTERS` of the training documents; of a mixture, on as
+    many of each source.
 
     Raises ValueError where documents are to begin with a bos token, which it has not.
     """
@@ -79,15 +80,16 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         )
 
     def sample() -> Iterator[str]:
-        room = TOKENIZER_CHARACTERS
         with tqdm(desc="training the tokenizer on", unit=" characters", unit_scale=True, mininterval=1.0) as bar:
-            for document in read_documents(config.data.train_files, config.data, "train"):
-                if isinstance(document, Document):
-                    yield from _broken(document.text[:room])
-                    room -= len(document.text)
-                    bar.update(len(document.text))
-                if room <= 0:
-                    return
+            for files in config.data.train_sources.values():
+                room = TOKENIZER_CHARACTERS
+                for document in read_documents(files, config.data, "train"):
+                    if isinstance(document, Document):
+                        yield from _broken(document.text[:room])
+                        room -= len(document.text)
+                        bar.update(len(document.text))
+                    if room <= 0:
+                        break
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

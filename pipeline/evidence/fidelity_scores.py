@@ -19,8 +19,8 @@ from pipeline.baselines.last_blocks import partial_backward_gram
 from pipeline.config.schema import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch
-from pipeline.data.prepared import ensure_prepared, load_split
-from pipeline.data.samples import Samples
+from pipeline.data.prepared import ensure_prepared
+from pipeline.data.samples import training_samples
 from pipeline.engine import checkpoint_files, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import checkpoints_of
@@ -85,7 +85,7 @@ def measure(config: FidelityRun) -> dict[str, Any]:
             f"fidelity.checkpoints: no whole checkpoint {missing[0]} in {config.run_dir}/checkpoints; it has "
             f"{', '.join(found) or 'none'} ({START}: the model that the config names)"
         )
-    samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, "sequence")
+    samples = training_samples(config.data.prepared_dir, config.seed, "sequence", config.data.mixture)
     # The same unseen batches for all checkpoints: after what the newest has read.
     first = max((checkpoint_files.checkpoint_position(path) for path in found.values()), default=0)
     size = config.fidelity.batch_size

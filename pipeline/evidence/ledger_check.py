@@ -11,8 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.data.prepared import load_split
-from pipeline.data.samples import Samples
+from pipeline.config.schema import SourceConfig
+from pipeline.data.samples import Samples, training_samples
 from pipeline.evidence.invariance import first_few
 from pipeline.record import ledger
 from pipeline.record.starts import Start, config_of_run, start_of, starts_of
@@ -33,7 +33,9 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     between the two writes). Raises ValueError where there is no run.
     """
     config = config_of_run(run_dir)
-    prepared_dir = config["data"]["prepared_dir"]
+    prepared_dir, mixture = config["data"]["prepared_dir"], config["data"].get("mixture")
+    if mixture is not None:
+        mixture = {name: SourceConfig(**source) for name, source in mixture.items()}
     rows, violations = _read_parts(run_dir / "ledger")
     last, saved = 0 if rows.empty else rows["step"].max(), _newest_checkpoint(run_dir)
     if saved > last:
@@ -43,9 +45,9 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     starts = starts_of(run_dir)
     checks = [_gaps_and_repeats(rows, starts), _steps(rows, starts), _kept_without_weight(rows), _pools(rows, starts)]
     try:
-        samples = Samples(load_split(prepared_dir, "train"), config["seed"], config["influence"]["unit"])
+        samples = training_samples(prepared_dir, config["seed"], config["influence"]["unit"], mixture)
     except ValueError:
-        checks.append(_twice_in_an_epoch(rows))
+        checks.append(_twice_in_an_epoch(rows, mixture is not None))
         how = f"order not recomputed: no prepared dataset at {prepared_dir}"
     else:
         checks.append(_out_of_order(rows, samples))
@@ -142,12 +144,12 @@ def _pools(rows: pd.DataFrame, starts: Sequence[Start]) -> Iterator[str]:
             yield f"step {step} read {len(part)} sequences and trained on {kept}, not on {right}, one of {pool}"
 
 
-def _twice_in_an_epoch(rows: pd.DataFrame) -> Iterator[str]:
-    """All that can be said of the order without the dataset."""
+def _twice_in_an_epoch(rows: pd.DataFrame, mixed: bool) -> Iterator[str]:
+    """All that can be said of the order without the dataset; the sources of a mixture have epochs of their own."""
     again = rows.drop_duplicates("position").duplicated(["epoch", "sample_id"])
     for index in again[again].index:
         yield f"{_at(rows, index)} has sample {rows['sample_id'][index]} again in epoch {rows['epoch'][index]}"
-    for index in _where(~np.isin(np.diff(rows["epoch"], prepend=0), (0, 1))):
+    for index in [] if mixed else _where(~np.isin(np.diff(rows["epoch"], prepend=0), (0, 1))):
         yield f"{_at(rows, index)} jumps to epoch {rows['epoch'][index]}"
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,9 @@ def records_of(config: Config, kept: pd.DataFrame) -> Iterator[dict[str, Any]]:
     """The input's own records of these documents, in the input's order, each with `VALUES`. Raises ValueError where
     the files no longer hold them."""
     values = {(row.file, row.line): (index, row) for index, row in zip(kept.index, kept.itertuples(), strict=True)}
-    for document in read_documents(config.data.train_files, config.data, "train", whole_records=True):
+    sources = config.data.train_sources.values()
+    documents = chain(*(read_documents(files, config.data, "train", whole_records=True) for files in sources))
+    for document in documents:
         if isinstance(document, Document) and (found := values.pop((document.file, document.line), None)):
             number, row = found
             own = {"document_id": number, "times_read": row.times_read, "times_trained": row.times_trained}
@@ -122,9 +125,10 @@ def records_of(config: Config, kept: pd.DataFrame) -> Iterator[dict[str, Any]]:
             yield {**(document.record or {config.data.text_field: document.text}), VALUES: own}
     if values:
         file, line = next(iter(values))
+        keys = " and ".join(f"data.{key}" for key in config.data.train_sources)
         raise ValueError(
-            f"data.train_files no longer hold {len(values)} of the documents, the first at {file}:{line}; give the "
-            "files that the run was prepared from"
+            f"{keys} no longer hold {len(values)} of the documents, the first at {file}:{line}; give the files that "
+            "the run was prepared from"
         )
 
 

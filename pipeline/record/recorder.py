@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 from transformers import AutoTokenizer
@@ -37,14 +38,18 @@ class Recorder:
         if config.observe.log_texts:
             self._tokenizer = AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer"))
         self._ledger = ledger.Ledger(run_dir, step)
+        rows = ledger.read(run_dir)
+        self._trained = np.zeros(len(samples.mixture.sources) if samples.mixture else 0)
+        self._shares(rows)
         self._board = TensorBoard(
             run_dir,
             step,
-            ledger.read(run_dir),
+            rows,
             _largest_subsets(config),
             held_out=config.data.eval_files is not None,
             audited=config.observe.audit_every_steps is not None,
             unit=config.influence.unit,
+            mixed=samples.mixture is not None,
         )
         if not step:
             self._board.hyperparameters(to_yaml(config))
@@ -90,6 +95,7 @@ class Recorder:
             self._board.scalars({"influence/scope_disagreement": outcome.disagreement}, step)
         if outcome.audit is not None:
             self._board.scalars({"influence/audit_pearson": outcome.audit}, step)
+        self._board.scalars(self._shares(rows), step)
         self._board.scalars({f"time/{part.removeprefix('step/')}": value for part, value in seconds.items()}, step)
         detailed = step % self._observe.every_steps == 0
         self._board.influence(rows, step, histogram=detailed)
@@ -129,6 +135,19 @@ class Recorder:
                 "weight": weights,
             }
         )
+
+    def _shares(self, rows: pa.Table) -> dict[str, float]:
+        """Each source's share of the tokens trained on since the run began, `rows` and all before; none without a
+        mixture."""
+        mixture = self._samples.mixture
+        if mixture is None or not len(rows):
+            return {}
+        tokens = rows["tokens"].to_numpy() * rows["kept"].to_numpy()
+        sources = mixture.sources_of_rows(rows["sample_id"].to_numpy())
+        self._trained += np.bincount(sources, tokens, len(mixture.sources))
+        shares = self._trained / max(self._trained.sum(), 1)
+        names = (f"trained_share_by_source/{source.name}" for source in mixture.sources)
+        return dict(zip(names, shares.tolist(), strict=True))
 
     def evaluation(self, figures: dict[str, Any], step: int) -> None:
         """Held-out figures. (summary.json has those of every subset.)"""

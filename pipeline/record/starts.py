@@ -40,6 +40,8 @@ class Start:
     """Documents left out."""
     pool: int = 1
     """Sequences read for each that is trained on."""
+    mixture: Sequence[str] = ()
+    """What it was to read of each source of `data.mixture`, and which end before it does, in sentences."""
 
 
 def keep_start(config: Config, start: Start) -> None:

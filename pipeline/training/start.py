@@ -12,9 +12,10 @@ from pipeline.config.schema import Config
 from pipeline.data.batch import Batch
 from pipeline.data.document import Split
 from pipeline.data.leave_out import left_out
+from pipeline.data.mixture import plan
 from pipeline.data.prepared import load_fingerprint, load_report, load_split
-from pipeline.data.samples import Samples
-from pipeline.engine import collectives, deepspeed_engine
+from pipeline.data.samples import Samples, training_samples
+from pipeline.engine import checkpoint_files, collectives, deepspeed_engine
 from pipeline.engine.checkpoints import (
     Progress,
     find_checkpoint,
@@ -78,8 +79,17 @@ def begin(config: Config, end: int) -> Run:
         refuse_earlier_end(checkpoint, end)
         settings = deepspeed_engine.config_to_load(checkpoint, identity_of(checkpoint)["engine"], settings)
         changed = changed_settings(checkpoint, settings_of(checkpoint), written_under)
-    train_split = load_split(config.data.prepared_dir, "train")
-    samples = Samples(train_split, config.seed, config.influence.unit, leave_out)
+    samples = training_samples(
+        config.data.prepared_dir, config.seed, config.influence.unit, config.data.mixture, leave_out
+    )
+    planned = list[str]()
+    if samples.mixture:
+        position, step = 0, 0
+        if checkpoint:
+            position = checkpoint_files.checkpoint_position(checkpoint)
+            step = int(checkpoint.name.removeprefix("step-"))
+        together = settings["train_micro_batch_size_per_gpu"] * settings.get("gradient_accumulation_steps", 1) * world
+        planned = plan(samples.mixture, position, step, together * (config.policy.pool or 1), config.max_steps)
     reference = None
     if config.influence.reference == "validation":
         reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
@@ -111,6 +121,8 @@ def begin(config: Config, end: int) -> Run:
         "engine": deepspeed_engine.identity(ds_engine),
         "dataset": load_fingerprint(config.data.prepared_dir),
     } | ({"adapter": adapter_settings(config.model.peft)} if config.model.peft else {})
+    if samples.mixture:
+        identity["mixture"] = samples.mixture.identity
     progress = Progress({}, {})
     if checkpoint:
         refuse_foreign(checkpoint, identity)
@@ -118,13 +130,13 @@ def begin(config: Config, end: int) -> Run:
         changed += engine.load_state_dict(progress.influence)
 
     def open_records() -> Recorder:
-        for what in [f"note: {each}" for each in said] + [f"resume: {each}" for each in changed]:
+        for what in [f"note: {each}" for each in said + planned] + [f"resume: {each}" for each in changed]:
             print(what, flush=True)
         if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
             move_aside(Path(config.run_dir))
         where = (engine.step, engine.position, world, engine.size * world, engine.micro_batches)
         pool = config.policy.pool or 1
-        keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool))
+        keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool, planned))
         return Recorder(config, samples, engine.step)
 
     recorder = collectives.on_rank_0(open_records)
@@ -134,5 +146,7 @@ def begin(config: Config, end: int) -> Run:
 def _first_of(samples: Samples, split: Split, config: Config) -> Iterator[Batch]:
     """The same on every rank, whatever there are."""
     size = min(len(load_split(config.data.prepared_dir, split)), COUNTED)
+    if samples.mixture and samples.mixture.end is not None:
+        size = min(size, samples.mixture.end)
     for position in range(0, size, 64):
         yield samples.batch(position, min(64, size - position), torch.device("cpu"))

@@ -8,7 +8,7 @@ import yaml
 from pipeline.config import cli
 from pipeline.config.cli import to_dict, to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import Config
+from pipeline.config.schema import Config, SourceConfig
 from pipeline.cost.config import BenchmarkRun
 from pipeline.influence.table import check_config
 from pipeline.train import parse
@@ -35,6 +35,17 @@ def parsed(options, **overrides) -> Config:
 
 def test_yaml_round_trip_gives_an_equal_config(options, tmp_path):
     config = parsed(options, influence__sketch="none", policy__rule="rate", data__train_files='["a.txt", "b.txt"]')
+    (tmp_path / "c.yaml").write_text(to_yaml(config))
+    assert parse("pipeline.train", ["--config", str(tmp_path / "c.yaml")]) == config
+
+
+def test_a_mixture_survives_yaml_and_stands_in_place_of_the_default(options, tmp_path):
+    """Catches sources that are written as objects, and a default that counts as set."""
+    mixture = {"web": {"files": "~/w.jsonl", "weight": 0.7}, "code": {"files": ["c.txt"], "weight": 1, "epochs": 2.5}}
+    config = parsed(options, data__mixture=json.dumps(mixture))
+    assert config.data.mixture["code"] == SourceConfig(["c.txt"], 1, 2.5)
+    assert "~" not in config.data.mixture["web"].files
+    assert (config.data.train_files, parsed(options).data.train_files) == (None, "builtin")
     (tmp_path / "c.yaml").write_text(to_yaml(config))
     assert parse("pipeline.train", ["--config", str(tmp_path / "c.yaml")]) == config
 
@@ -127,6 +138,39 @@ REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         {"data__planted_foreign_files": "f.txt"},
         "set data.planted_noise, or leave it out",
         [{"data__planted_noise": 0.1}, {"data__planted_foreign_files": None}],
+    ),
+    (
+        {"data__train_files": "f.txt", "data__mixture": '{"a": {"files": "g.txt"}}'},
+        "data.train_files and data.mixture both say what to train on: leave one of them out",
+        [{"data__train_files": "null"}, {"data__mixture": "null"}],
+    ),
+    (
+        {"data__train_files": "builtin", "data__mixture": '{"a": {"files": "g.txt"}}'},
+        "both say what to train on",
+        [{"data__train_files": "null"}],
+    ),
+    (
+        {"data__mixture": "{}"},
+        "data.mixture names no source",
+        [{"data__mixture": "null"}, {"data__mixture": '{"a": {"files": "g.txt"}}'}],
+    ),
+    (
+        {"data__mixture": '{"a": {"files": "g.txt", "weight": 0}}'},
+        "data.mixture.a.weight must be a number above 0, not 0",
+        [{"data__mixture": '{"a": {"files": "g.txt"}}'}, {"data__mixture": '{"a": {"files": "g.txt", "weight": 7}}'}],
+    ),
+    (
+        {"data__mixture": '{"a": {"files": "g.txt", "epochs": .inf}}'},
+        "data.mixture.a.epochs must be a number above 0, not inf",
+        [{"data__mixture": '{"a": {"files": "g.txt"}}'}, {"data__mixture": '{"a": {"files": "g.txt", "epochs": 0.5}}'}],
+    ),
+    (
+        {"data__mixture": '{"a": {"files": "g.txt", "weight": 1}, "b": {"files": "h.txt"}}'},
+        "data.mixture: a has a weight and b has none: give every source one, or none",
+        [
+            {"data__mixture": '{"a": {"files": "g.txt"}, "b": {"files": "h.txt"}}'},
+            {"data__mixture": '{"a": {"files": "g.txt", "weight": 1}, "b": {"files": "h.txt", "weight": 1}}'},
+        ],
     ),
     (
         {"policy__flag": "highest", "policy__action": "reweight"},
