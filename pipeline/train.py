@@ -73,6 +73,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
                 "train/lr": learning_rate,
                 "train/skipped_steps": ds_engine.skipped_steps,
                 "train/memory_gb": deepspeed_engine.peak_memory() / 1e9,
+                "train/memory_held_gb": deepspeed_engine.held_memory() / 1e9,
             }
             recorder.step(outcome, engine.size * world, scalars, seconds)
         stop.agreed |= outcome.stop

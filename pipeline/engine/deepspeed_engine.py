@@ -203,6 +203,11 @@ def peak_memory() -> int:
     return get_accelerator().max_memory_allocated()
 
 
+def held_memory() -> int:
+    """Bytes allocated on the accelerator now; on the CPU, of the process's resident set. Grows where a step leaks."""
+    return get_accelerator().memory_allocated()
+
+
 def reset_peak_memory() -> None:
     """Let `peak_memory` begin anew with what is allocated now."""
     get_accelerator().reset_peak_memory_stats()
