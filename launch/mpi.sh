@@ -13,13 +13,18 @@ config=${2:?$usage}
 
 # Edit: where the venv is not at the project's root.
 export PATH="$PWD/.venv/bin:$PATH"
-# Edit: the network interface between the hosts (`ip -brief address`): gloo's, on CPUs, and NCCL's, on NVIDIA's.
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-eth0} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-eth0}
+# Edit: the network interface between the hosts (`ip -brief address`), for gloo. NCCL finds the fastest by itself.
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-eth0}
 # Edit: threads a rank, for CPU ranks: a host's cores / its slots.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Edit: whole minutes until a collective that a silent host does not answer ends the run.
 export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-10}
 
+# What all ranks find in their environment: mpirun hands over no variable that it is not told of.
+handed=()
+for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|DEEPSPEED_TIMEOUT|(GLOO|NCCL|HF)_.*)$'); do
+  handed+=(-x "$name")
+done
+
 # One rank a slot of the hosts.
-exec mpirun --host "$hosts" -x PATH -x GLOO_SOCKET_IFNAME -x NCCL_SOCKET_IFNAME -x OMP_NUM_THREADS \
-  -x DEEPSPEED_TIMEOUT python -u -m pipeline.train --config "$config" "${@:3}"
+exec mpirun --host "$hosts" "${handed[@]}" python -u -m pipeline.train --config "$config" "${@:3}"

@@ -28,9 +28,10 @@ export MASTER_ADDR
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs on one host do not meet
 export OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 export DEEPSPEED_TIMEOUT=10 # whole minutes until a silent host ends the run
-# Edit, where ranks do not find each other: the interface between the hosts (gloo on CPUs, NCCL on NVIDIA's).
-# export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
+# Edit, where ranks do not find each other: the interface between the hosts, for gloo. NCCL finds the fastest by itself.
+# export GLOO_SOCKET_IFNAME=eth0
 
-# One failed rank ends the others. srun does not take over sbatch's --cpus-per-task by itself.
+# One failed rank ends the others. srun hands all of this environment over (NCCL_*, HF_HOME), but does not take over
+# sbatch's --cpus-per-task by itself.
 exec srun --kill-on-bad-exit=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" \
   python -u -m pipeline.train --config "$1" --resume auto "${@:2}"

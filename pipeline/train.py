@@ -5,6 +5,7 @@ deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstar
 
 import signal
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
 from pipeline.training.rules import check_run
-from pipeline.training.start import begin
+from pipeline.training.start import Run, begin
 
 
 def train(config: Config, until: int | None = None) -> dict[str, Any] | None:
@@ -73,6 +74,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
                 "train/lr": learning_rate,
                 "train/skipped_steps": ds_engine.skipped_steps,
                 "train/memory_gb": deepspeed_engine.peak_memory() / 1e9,
+                "train/memory_held_gb": deepspeed_engine.held_memory() / 1e9,
             }
             recorder.step(outcome, engine.size * world, scalars, seconds)
         stop.agreed |= outcome.stop
@@ -84,11 +86,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
             progress.influence = engine.state_dict()
             checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
             deepspeed_engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
-            if recorder:
-                # Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the
-                # other way round it would lose them.
-                recorder.commit(step)
-                publish(checkpoint, run.identity, config.checkpoint.keep, run.settings)
+            collectives.on_rank_0(partial(keep, run, step, checkpoint, config.checkpoint.keep))
 
     summary = None
     if engine.step == end:
@@ -106,6 +104,18 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     if stop.agreed and rank == 0:
         print(f"stopped by a signal after step {engine.step}; --resume auto goes on from there", flush=True)
     return summary
+
+
+def keep(run: Run, step: int, checkpoint: Path, most: int) -> None:
+    """Make the checkpoint of `step` and the rows up to it what a resume goes on from; remove all but `most`. On rank 0;
+    a large checkpoint takes minutes to remove.
+
+    Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the other way round it
+    would lose them.
+    """
+    assert run.recorder is not None
+    run.recorder.commit(step)
+    publish(checkpoint, run.identity, most, run.settings)
 
 
 def what_now(checkpoint: Path | None) -> str:

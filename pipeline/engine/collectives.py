@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeline.config.writing import NotWritten
+
 T = TypeVar("T")
 
 BEAT = 5.0
@@ -58,8 +60,9 @@ def broadcast(value: Any) -> Any:
 
 def on_rank_0(work: Callable[[], T]) -> T | None:
     """What `work` returns, on rank 0, which alone does it; None on the others. Where it fails all ranks raise: rank 0
-    its own error, the others ValueError with its words. Collective, however long it takes: in one long wait for it a
-    collective would time out, so the others hear from rank 0 every few seconds.
+    its own error, the others ValueError with its words (NotWritten, where that is its error). Collective, however long
+    it takes: in one long wait for it a collective would time out, so the others hear from rank 0 every few seconds. A
+    longer timeout would do too, and a host that fell silent would be noticed that much later.
     """
     if world_size() == 1:
         return work()
@@ -69,11 +72,11 @@ def on_rank_0(work: Callable[[], T]) -> T | None:
     while not broadcast(rank() == 0 and bool(wait([done], timeout=BEAT).done)):
         pass
     error = done.exception() if rank() == 0 else None
-    trouble = broadcast(error and _in_words(error))
+    trouble = broadcast(error and _for_the_others(error))
     if error:
         raise error
     if trouble:
-        raise ValueError(trouble)
+        raise trouble
     return done.result() if rank() == 0 else None
 
 
@@ -84,8 +87,11 @@ def _do(work: Callable[[], T], done: "Future[T]") -> None:
         done.set_exception(error)
 
 
-def _in_words(error: BaseException) -> str:
-    return str(error) if isinstance(error, ValueError) else f"rank 0 failed: {type(error).__name__}: {error}"
+def _for_the_others(error: BaseException) -> Exception:
+    if isinstance(error, NotWritten):
+        return NotWritten(str(error))
+    words = str(error) if isinstance(error, ValueError) else f"rank 0 failed: {type(error).__name__}: {error}"
+    return ValueError(words)
 
 
 def all_gather(values: list[T]) -> list[T]:

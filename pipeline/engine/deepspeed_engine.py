@@ -81,6 +81,17 @@ def settings_of(engine: DeepSpeedEngine) -> dict[str, Any]:
     }
 
 
+def refuse_shared_samples(engine: DeepSpeedEngine) -> None:
+    """Raises ValueError where several ranks work on the same samples: scores and the all-reduced reference would count
+    each of them several times, or each rank's part of a layer as the whole."""
+    own, world = engine.dp_world_size, collectives.world_size()
+    if own != world:
+        raise ValueError(
+            f"the DeepSpeed engine has samples of their own for {own} of {world} ranks (tensor, sequence or pipeline "
+            "parallelism), and scores need them for all: make it with data parallelism and ZeRO alone"
+        )
+
+
 def save_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, state: dict[str, Any]) -> None:
     """Write the directory `checkpoint` in DeepSpeed's own format, with `state` in it. Collective.
 
@@ -138,8 +149,7 @@ def load_checkpoint(engine: DeepSpeedEngine, checkpoint: Path, keys: Iterable[st
             if isinstance(adam.get("step"), Tensor):
                 adam["step"] = adam["step"].clone()
         collectives.barrier()
-        if collectives.rank() == 0:
-            shutil.rmtree(source.parent)
+        collectives.on_rank_0(lambda: shutil.rmtree(source.parent))
     return {key: state[key] for key in keys}
 
 
@@ -201,6 +211,11 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
 def peak_memory() -> int:
     """Most bytes allocated on the accelerator so far; on the CPU, of the process's resident set as sampled here."""
     return get_accelerator().max_memory_allocated()
+
+
+def held_memory() -> int:
+    """Bytes allocated on the accelerator now; on the CPU, of the process's resident set. Grows where a step leaks."""
+    return get_accelerator().memory_allocated()
 
 
 def reset_peak_memory() -> None:

@@ -40,6 +40,7 @@ def check_deepspeed_json(config: Config, settings: dict[str, Any]) -> None:
     does not fit the run."""
     try:
         _check_keys(settings)
+        _check_parallelism(settings)
         _check_optimizer(settings["optimizer"])
         if "scheduler" in settings:
             _check_scheduler(settings["scheduler"], config.max_steps)
@@ -176,6 +177,27 @@ def _parameters(kind: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def _default(scheduler: str, name: str) -> Any:
     parameter = _parameters(getattr(lr_schedules, scheduler)).get(name)
     return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
+def _check_parallelism(settings: dict[str, Any]) -> None:
+    """Refuses what DeepSpeed knows and the scores do not: ranks that share samples, or layers without their hooks."""
+    tensor, expert = settings.get("tensor_parallel", {}), settings.get("expert_parallel", {})
+    shared = {
+        "tensor_parallel.autotp_size": tensor.get("autotp_size", 0),
+        "expert_parallel.enabled": expert.get("enabled", False),
+        "sequence_parallel_size": settings.get("sequence_parallel_size", 1),
+    }
+    for key, value in shared.items():
+        if value not in (0, 1) or value is True:
+            raise ValueError(
+                f"{key} {json.dumps(value)} lets ranks share samples or layers, and here each rank scores samples of "
+                "its own by whole layers; remove it. zero_optimization.stage 3 partitions weights among ranks instead"
+            )
+    if "compile" in settings:
+        raise ValueError(
+            "compile is for engine.compile(), which is not called here: what watches the layers would break the "
+            "compiled graph; remove it"
+        )
 
 
 def _check_optimizer(section: dict[str, Any]) -> None:

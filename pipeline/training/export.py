@@ -5,10 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.config.schema import Config
-from pipeline.engine import deepspeed_engine
+from pipeline.engine import collectives, deepspeed_engine
 from pipeline.engine.checkpoints import Progress
 from pipeline.record import ledger, subset_rates
 from pipeline.record.recorder import Recorder
@@ -24,8 +25,18 @@ def finish(
 ) -> dict[str, Any] | None:
     """Write RUN_DIR/model, from any ZeRO stage, and RUN_DIR/summary.json; the summary, on rank 0. Collective."""
     weights = deepspeed_engine.full_state_dict(ds_engine)
-    if recorder is None:
-        return None
+    return collectives.on_rank_0(lambda: _write(ds_engine, config, engine, progress, recorder, weights))
+
+
+def _write(
+    ds_engine: deepspeed_engine.DeepSpeedEngine,
+    config: Config,
+    engine: InfluenceEngine,
+    progress: Progress,
+    recorder: Recorder | None,
+    weights: dict[str, Tensor],
+) -> dict[str, Any]:
+    assert recorder is not None
     run_dir = Path(config.run_dir)
     agree_with_tokenizer(ds_engine.module, AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer")))
     ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)

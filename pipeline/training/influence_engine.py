@@ -17,6 +17,7 @@ from pipeline.engine.deepspeed_engine import DeepSpeedEngine
 from pipeline.influence.micro_batch import forward_losses, hold_validation
 from pipeline.influence.scorer import Scorer, SketchScorer
 from pipeline.influence.table import check, scorer_of
+from pipeline.models.compiled import refuse_compiled
 from pipeline.models.dropout import refuse_dropout
 from pipeline.record.outcome import Decided, Outcome
 from pipeline.training.corrective import Corrective
@@ -65,6 +66,8 @@ class InfluenceEngine:
         reference_model: Callable[..., Any] | None = None,
     ) -> None:
         influence, policy = influence or InfluenceConfig(), policy or PolicyConfig()
+        refuse_compiled(ds_engine.module)
+        deepspeed_engine.refuse_shared_samples(ds_engine)
         check(influence, policy, deepspeed_engine.settings_of(ds_engine), audits=audit_every_steps is not None)
         if (influence.reference == "validation") != (reference is not None):
             raise ValueError("influence.reference 'validation' and a `reference` to score against go together")
@@ -126,8 +129,8 @@ class InfluenceEngine:
         may differ between micro-batches and ranks. `stop_requested` travels in the gather: `Outcome.stop` says whether
         any rank was asked to stop.
 
-        Raises ValueError for batches of another number or size than the engine's, and FloatingPointError, on all ranks,
-        where the weights are broken.
+        Raises ValueError for batches of another number or size than the engine's and for a model that is compiled, and
+        FloatingPointError, on all ranks, where the weights are broken.
         """
         if len(micro_batches) != self.micro_batches:
             pool = " x policy.pool" if self._shop.policy.pool else ""
@@ -135,6 +138,7 @@ class InfluenceEngine:
                 f"train_step takes the micro-batches of one optimizer step, {self.micro_batches} of them "
                 f"(gradient_accumulation_steps{pool}), not {len(micro_batches)}"
             )
+        refuse_compiled(self._engine.module)  # it may have been compiled since
         with self.timed("step"):
             return self._step(micro_batches, stop_requested)
 

@@ -3,6 +3,7 @@ import time
 import pytest
 import torch
 
+from pipeline.config.writing import NotWritten
 from pipeline.engine import collectives
 
 
@@ -67,6 +68,7 @@ def failing_work(error: BaseException) -> str:
     [
         (ValueError("data: none"), "ValueError: data: none", "ValueError: data: none"),
         (RuntimeError("boom"), "RuntimeError: boom", "ValueError: rank 0 failed: RuntimeError: boom"),
+        (NotWritten("ledger: full"), "NotWritten: ledger: full", "NotWritten: ledger: full"),
         (SystemExit(2), "SystemExit: 2", "ValueError: rank 0 failed: SystemExit: 2"),
     ],
 )

@@ -112,6 +112,14 @@ REFUSED = [
         "warmup_num_steps 60 is not less than total_num_steps 50",
         scheduler("WarmupDecayLR", total_num_steps=50, warmup_num_steps=6),
     ),
+    (
+        {"tensor_parallel": {"autotp_size": 2}},
+        "tensor_parallel.autotp_size 2 lets ranks share",
+        {"tensor_parallel": {}},
+    ),
+    ({"sequence_parallel_size": 2}, "sequence_parallel_size 2 lets ranks share samples or layers", {}),
+    ({"expert_parallel": {"enabled": True, "autoep_size": 2}}, "expert_parallel.enabled true lets ranks share", {}),
+    ({"compile": {"deepcompile": True}}, "compile is for engine.compile(), which is not called here", {}),
     ({"compression_training": {}}, "compression library has been removed", {}),
     (
         {"communication_data_type": "fp8"},

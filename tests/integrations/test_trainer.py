@@ -334,6 +334,14 @@ def test_what_does_not_go_together_is_refused(ranks, tiny_model, tmp_path, optio
         assert message in found
 
 
+def test_a_model_that_trainer_compiles_is_refused(ranks, tiny_model, tmp_path):
+    """Catches hooks that a compiled graph leaves out. Trainer compiles after the model was looked at."""
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    arguments = (tmp_path / "out", json_of(tmp_path, 0), tiny_model("llama"), made_up(16), compiled)
+    for message in ranks(refusal, *arguments):
+        assert "hooks that watch its layers do not go with torch.compile" in message
+
+
 def test_a_run_of_broken_steps_stops_by_the_policy(ranks, tiny_model, tmp_path):
     """Catches a Trainer that goes on with losses that are no numbers."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model("llama"))

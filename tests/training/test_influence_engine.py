@@ -422,3 +422,45 @@ def refusal(way: str, influence: InfluenceConfig, reference: Any = None) -> str:
 def test_what_does_not_go_together_is_refused(ranks, way, influence, reference, message):
     for found in ranks(refusal, way, InfluenceConfig(**influence), reference):
         assert message in found
+
+
+def compiled_refusals() -> list[str]:
+    """Of a model compiled as a whole, by DeepSpeed, in a part, and after the first step."""
+    model, found = larger("llama"), []
+    ds_engine, *_ = deepspeed.initialize(model=torch.compile(model, backend="eager"), config=settings("one", 0))
+    found.append(_refusal(lambda: InfluenceEngine(ds_engine)))
+    ds_engine, *_ = deepspeed.initialize(model=model, config=settings("one", 0))
+    ds_engine.compile(backend="eager")
+    found.append(_refusal(lambda: InfluenceEngine(ds_engine)))
+    ds_engine, engine = start("one", 0, InfluenceConfig(), DROP)
+    [first, second] = load(torch.distributed.get_rank(), 2, "ragged")
+    engine.train_step(first)
+    ds_engine.module.model.layers[1].compile(backend="eager")
+    found.append(_refusal(lambda: engine.train_step(second)))
+    return found
+
+
+def _refusal(call: Callable[[], Any]) -> str:
+    with pytest.raises(ValueError, match=r"torch\.compile|data parallelism") as refused:
+        call()
+    return str(refused.value)
+
+
+def test_a_compiled_model_is_refused_whenever_it_was_compiled(ranks):
+    """Catches layers that no hook sees, and an assertion in the middle of a forward in place of a reason."""
+    for whole, by_deepspeed, part in ranks(compiled_refusals):
+        assert whole == by_deepspeed
+        assert whole.startswith("the model is compiled, and the hooks that watch its layers do not go with")
+        assert part.startswith("the model is compiled at model.layers.1, and")
+
+
+def shared_samples_refusal() -> str:
+    ds_engine, *_ = deepspeed.initialize(model=larger("llama"), config=settings("one", 0))
+    InfluenceEngine(ds_engine)
+    ds_engine.dp_world_size = 1  # as of two ranks with one sequence between them
+    return _refusal(lambda: InfluenceEngine(ds_engine))
+
+
+def test_an_engine_whose_ranks_share_samples_is_refused(ranks):
+    """Catches a reference in which every sample counts twice."""
+    assert all("samples of their own for 1 of 2 ranks" in refusal for refusal in ranks(shared_samples_refusal))
