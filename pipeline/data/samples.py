@@ -21,6 +21,8 @@ class Samples:
     none that would predict a token of theirs, has a label. Order, shapes and units stay what they are.
     """
 
+    mixture: MixtureOrder | None = None
+
     def __init__(
         self,
         rows: datasets.Dataset,

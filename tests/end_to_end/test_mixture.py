@@ -162,13 +162,18 @@ def test_steps_beyond_all_epochs_are_refused_before_the_first_and_both_remedies_
     ranks(run, config_for("longer", *longer, max_steps=most // 4 + 1))
 
 
-def test_a_pool_reads_its_candidates_in_the_order_of_the_mixture(ranks, config_for, done):
-    """Catches a plan that counts what is trained on for what is read."""
+def test_a_pool_reads_its_candidates_in_the_order_of_the_mixture(ranks, config_for, tmp_path):
+    """Catches a plan that counts what is trained on for what is read, and a verifier that wants one epoch for all."""
     mixture = {"weight": 1}, {"weight": 3}
-    pool = config_for("pool", *mixture, max_steps=3, policy__rule="top", policy__pool=2)
+    small = {"data__max_sequences": 5, "data__prepared_dir": tmp_path / "prepared"}
+    pool = config_for("pool", *mixture, max_steps=3, policy__rule="top", policy__pool=2, **small)
     ranks(run, pool)
     assert check_ledger(Path(pool.run_dir))[1] == []
     of_sources = {"few": SourceConfig("", 1), "many": SourceConfig("", 3)}
     samples = training_samples(pool.data.prepared_dir, pool.seed, "sequence", of_sources)
     assert rows_of(pool)["sample_id"].tolist() == [unit.sample_id for unit in samples.units(0, 24)]
-    assert any("25.00% of what is read up to step 3" in each for each in starts_of(Path(pool.run_dir))[0].mixture)
+    assert rows_of(pool)["epoch"].max() == 3
+    said = starts_of(Path(pool.run_dir))[0].mixture[0]
+    assert said.endswith("few is 25.00% of what is read up to step 3, 1.20 of its epochs")
+    shutil.rmtree(tmp_path / "prepared")  # without it the epochs are looked at
+    assert check_ledger(Path(pool.run_dir))[1] == []
