@@ -77,13 +77,17 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
                 "train/memory_held_gb": deepspeed_engine.held_memory() / 1e9,
             }
             recorder.step(outcome, engine.size * world, scalars, seconds)
+        if run.mixing:
+            run.mixing.move(outcome, engine.position)
+            if recorder:
+                recorder.mixture(step, run.mixing.piece, run.mixing.sources)
         stop.agreed |= outcome.stop
         unhealthy = 0 if outcome.healthy else unhealthy + 1
         if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
             hold_out()
         ending = step == end or stop.agreed or unhealthy == config.policy.stop_after_non_finite
         if step % config.checkpoint.every_steps == 0 or ending:
-            progress.influence = engine.state_dict()
+            progress.influence = engine.state_dict() | ({"mixture": run.mixing.state_dict()} if run.mixing else {})
             checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
             deepspeed_engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
             collectives.on_rank_0(partial(keep, run, step, checkpoint, config.checkpoint.keep))

@@ -275,10 +275,17 @@ class PolicyConfig:
     action: Literal["drop", "reweight", "observe"] = "drop"
     """drop: flagged units get weight zero; reweight: weight = positive part of the score, scaled to mean one over the
     global micro-batch; observe: score everything, change nothing."""
-    rule: Literal["threshold", "rate", "top"] = "threshold"
+    rule: Literal["threshold", "rate", "top", "mixture"] = "threshold"
     """What is flagged. threshold: scores below `threshold` (the paper: 0); rate: the lowest `rate` of the global
     micro-batch, fractions by seeded stochastic rounding; top: all but the best 1/`pool` of the sequences that an
-    optimizer step reads, `pool` times those that it trains on."""
+    optimizer step reads, `pool` times those that it trains on; mixture: nothing, the weights of `data.mixture` move
+    between steps instead, towards the sources whose units help most."""
+    mixture_rate: float = 0.01
+    """mixture: how fast weights move: w_s <- w_s exp(mixture_rate (a_s - mean a) / spread of a) at every step, a_s
+    being the mean score of a source's tokens, averaged over steps with decay 0.9 (exponentiated gradient, Kivinen &
+    Warmuth 1997, as in arXiv 2305.10429, 2312.02406 and 2411.05735)."""
+    mixture_floor: float = 0.1
+    """mixture: no source's share falls below this fraction of what its weight in `data.mixture` gives it."""
     pool: int | None = None
     """top: candidates read for each sequence that is trained on. Micro-batch, accumulation and tokens of a step stay
     what the DeepSpeed JSON says; candidates are scored in a pass of their own, whatever `influence.passes`, together,
@@ -326,6 +333,14 @@ class PolicyConfig:
                 f"policy.rule 'top' trains on the best of what it reads, and policy.action '{self.action}' would train "
                 "on all: set action to drop, or choose another rule"
             )
+        positive({"policy.mixture_rate": self.mixture_rate})
+        decays({"policy.mixture_floor": self.mixture_floor})
+        if self.rule == "mixture" and (self.action != "drop" or self.flag != "lowest"):
+            what = f"action '{self.action}'" if self.action != "drop" else f"flag '{self.flag}'"
+            raise ValueError(
+                "policy.rule 'mixture' moves the weights of sources and decides on no unit, so it goes with no "
+                f"policy.{what}: leave that out, or choose another rule"
+            )
         if self.flag == "highest" and self.action == "reweight":
             raise ValueError(
                 "policy.flag 'highest' says what to drop; policy.action 'reweight' drops nothing: choose drop"
@@ -366,7 +381,7 @@ class Config:
 
     run_dir: str
     """Where the run lives: config.yaml (one of every start, too), checkpoints/, ledger/, tensorboard/, model/,
-    summary.json."""
+    summary.json, and mixture.jsonl where weights of sources move."""
     deepspeed_config: str
     """DeepSpeed's own JSON: batch sizes, accumulation, precision, optimizer, scheduler (its total_num_steps may say
     "auto": max_steps), clipping, ZeRO."""
@@ -405,6 +420,16 @@ class Config:
             raise ValueError(
                 "observe.eval_every_steps needs data.eval_files, which is not set; set it, or leave the other out"
             )
+        if self.policy.rule == "mixture":
+            if self.data.mixture is None:
+                raise ValueError(
+                    "policy.rule 'mixture' needs data.mixture, which is not set; set it, or choose another rule"
+                )
+            if limited := [name for name, source in self.data.mixture.items() if source.epochs is not None]:
+                raise ValueError(
+                    "policy.rule 'mixture' cannot tell in advance when a source ends: leave out "
+                    f"data.mixture.{limited[0]}.epochs, or choose another rule"
+                )
         run_dir, prepared_dir = Path(self.run_dir).resolve(), Path(self.data.prepared_dir).resolve()
         if prepared_dir.is_relative_to(run_dir):
             raise ValueError(

@@ -44,14 +44,14 @@ def sources_of(mixture: Mapping[str, SourceConfig], report: Mapping[str, Any]) -
 
 
 def shares_of(weights: Sequence[float]) -> list[int]:
-    """Weights as parts of `PARTS`, or of a divisor of it where they go into that: largest remainders, each at least
-    one."""
+    """Weights as parts of `PARTS`, which they sum to: largest remainders, each at least one."""
     exact = [PARTS * weight / math.fsum(weights) for weight in weights]
     parts = [max(1, math.floor(part)) for part in exact]
     by_remainder = sorted(range(len(parts)), key=lambda s: parts[s] - exact[s])
     for s in by_remainder[: max(PARTS - sum(parts), 0)]:
         parts[s] += 1
-    return [part // math.gcd(*parts) for part in parts]
+    parts[parts.index(max(parts))] -= max(sum(parts) - PARTS, 0)
+    return parts
 
 
 class Deal:
@@ -62,9 +62,11 @@ class Deal:
     (S sources; the largest deficit as in the cup game). After D turns all deficits are 0, and all repeats.
     """
 
-    def __init__(self, shares: Sequence[int]) -> None:
+    def __init__(self, shares: Sequence[int], deficits: Sequence[int] | None = None) -> None:
+        """`deficits`: to begin with, for less than D turns."""
         self.shares, self._period = list(shares), sum(shares)
-        self._deficits, self._counts = [0] * len(shares), [0] * len(shares)
+        self._deficits, self._counts = list(deficits or [0] * len(shares)), [0] * len(shares)
+        self._first = tuple(self._deficits)
         self._dealt, self._before = array("q"), array("q")
 
     def turn(self, n: int) -> tuple[int, int]:
@@ -73,6 +75,14 @@ class Deal:
         self._deal(rest + 1)
         s = self._dealt[rest]
         return s, rounds * self.shares[s] + self._before[rest]
+
+    def deficits(self, n: int) -> list[int]:
+        """Of each after the first `n` turns, fewer than D."""
+        counts = self.counts(n)
+        return [
+            before + n * share - count * self._period
+            for before, share, count in zip(self._first, self.shares, counts, strict=True)
+        ]
 
     def counts(self, n: int) -> list[int]:
         """How many of the first `n` turns each has."""
@@ -100,6 +110,17 @@ class Deal:
 
 
 @dataclass(frozen=True)
+class Piece:
+    """Of an order whose weights move: from position `first` on all sources have these `shares`, of which so many
+    sequences of each were `read` before, and these `deficits` were left."""
+
+    first: int
+    shares: list[int]
+    read: list[int]
+    deficits: list[int]
+
+
+@dataclass(frozen=True)
 class Stretch:
     """Positions from `first` on, in which the same sources are left."""
 
@@ -117,16 +138,20 @@ class MixtureOrder:
     was read as often as it may be is left out from there on, and the deal begins anew among the others.
 
     `end`: how many positions there are; None where a source has no limit.
+
+    Where the weights move (`move`), the deal goes on under the new shares with the deficits that there were. `pieces`:
+    of such an order, so far.
     """
 
-    def __init__(self, sources: Sequence[Source], seed: int) -> None:
+    def __init__(self, sources: Sequence[Source], seed: int, pieces: Sequence[Piece] | None = None) -> None:
         self.sources = list(sources)
         self._orders = [Order(source.rows, seed) for source in sources]
-        self.stretches: list[Stretch] = []
-        self.end: int | None = 0
+        self.stretches: list[Stretch] = [self._stretch_of(piece) for piece in pieces or ()]
+        self.end: int | None = None if pieces else 0
         read = [0] * len(self.sources)
         while self.end is not None and (left := [s for s, source in enumerate(sources) if source.most != read[s]]):
-            deal = Deal(shares_of([sources[s].weight for s in left]))
+            shares = shares_of([sources[s].weight for s in left])
+            deal = Deal([share // math.gcd(*shares) for share in shares])
             self.stretches.append(Stretch(self.end, left, read, deal))
             limits = [(index, most - read[s]) for index, s in enumerate(left) if (most := sources[s].most) is not None]
             self.end = self.end + min(deal.last(*limit) for limit in limits) if limits else None
@@ -138,7 +163,7 @@ class MixtureOrder:
         """Beside the seed and the dataset, what decides the order: shares and epochs."""
         shares = shares_of([source.weight for source in self.sources])
         return {
-            source.name: {"share": f"{share} of {sum(shares)}", "epochs": source.epochs}
+            source.name: {"share": share / PARTS, "epochs": source.epochs}
             for source, share in zip(self.sources, shares, strict=True)
         }
 
@@ -159,6 +184,33 @@ class MixtureOrder:
         for s, count in zip(stretch.left, stretch.deal.counts(position - stretch.first), strict=True):
             read[s] += count
         return read
+
+    def source(self, position: int) -> int:
+        """Which of `sources` the one at `position` is."""
+        return self._at(position)[0]
+
+    def move(self, position: int, weights: Sequence[float]) -> None:
+        """These weights hold from `position` on, which is past all earlier ones. Of what lies before, no more than the
+        last piece is known from here on."""
+        last = self._stretch(position)
+        deficits = last.deal.deficits(position - last.first)
+        period = sum(last.deal.shares)
+        scaled = [deficit * PARTS // period for deficit in deficits]  # whole: PARTS is a multiple of the period
+        self.stretches = [last, self._stretch_of(Piece(position, shares_of(weights), self.read(position), scaled))]
+
+    @property
+    def piece(self) -> Piece:
+        """The last."""
+        last = self.stretches[-1]
+        return Piece(last.first, last.deal.shares, last.read, last.deal.deficits(0))
+
+    def go_on(self, piece: Piece) -> None:
+        """From `piece` on, as an order that came to it by moves would."""
+        self.stretches = [self._stretch_of(piece)]
+
+    def _stretch_of(self, piece: Piece) -> Stretch:
+        everyone = list(range(len(self.sources)))
+        return Stretch(piece.first, everyone, piece.read, Deal(piece.shares, piece.deficits))
 
     def sources_of_rows(self, rows: np.ndarray) -> np.ndarray:
         """Which of `sources` each row is of."""

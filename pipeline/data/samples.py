@@ -1,6 +1,6 @@
 """Packed sequences -> batches."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import datasets
@@ -9,7 +9,7 @@ import torch
 
 from pipeline.config.schema import SourceConfig
 from pipeline.data.batch import IGNORE, PADDING, Batch, Unit, next_token_labels
-from pipeline.data.mixture import MixtureOrder, sources_of
+from pipeline.data.mixture import MixtureOrder, Piece, sources_of
 from pipeline.data.order import Order
 from pipeline.data.prepared import load_report, load_split
 
@@ -20,6 +20,8 @@ class Samples:
     Documents in `leave_out` are there in name only: token 0 stands for each of theirs, and no position in them, and
     none that would predict a token of theirs, has a label. Order, shapes and units stay what they are.
     """
+
+    mixture: MixtureOrder | None = None
 
     def __init__(
         self,
@@ -104,11 +106,13 @@ def training_samples(
     unit: str,
     mixture: Mapping[str, SourceConfig] | None,
     leave_out: Collection[int] = (),
+    pieces: Sequence[Piece] | None = None,
 ) -> Samples:
-    """The training split in the order of a run. Raises ValueError where it was not prepared."""
+    """The training split in the order of a run; `pieces`: of one whose weights move. Raises
+    ValueError where it was not prepared."""
     order = None
     if mixture is not None:
-        order = MixtureOrder(sources_of(mixture, load_report(prepared_dir)["train"]), seed)
+        order = MixtureOrder(sources_of(mixture, load_report(prepared_dir)["train"]), seed, pieces)
     return Samples(load_split(prepared_dir, "train"), seed, unit, leave_out, order)
 
 

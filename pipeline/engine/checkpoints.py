@@ -140,7 +140,7 @@ def checkpoint_not_written(checkpoint: Path, error: Exception) -> NotWritten:
 
 OURS = frozenset(
     ("config.yaml", "checkpoints", "ledger", "tensorboard", "model", "summary.json", "benchmark.json", "plan.json",
-     "fidelity.json", "fidelity.png", "report.html", "report.json")
+     "fidelity.json", "fidelity.png", "report.html", "report.json", "mixture.jsonl")
 )  # fmt: skip
 """What the commands write into a run directory."""
 

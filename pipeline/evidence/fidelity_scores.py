@@ -43,6 +43,7 @@ from pipeline.influence.scorer import ControlScorer, SketchScorer
 from pipeline.influence.table import scorer_of
 from pipeline.models.load import load_model
 from pipeline.models.second_moments import Moments, second_moments
+from pipeline.record.mixture_log import pieces_of
 
 START = "start"
 
@@ -85,7 +86,8 @@ def measure(config: FidelityRun) -> dict[str, Any]:
             f"fidelity.checkpoints: no whole checkpoint {missing[0]} in {config.run_dir}/checkpoints; it has "
             f"{', '.join(found) or 'none'} ({START}: the model that the config names)"
         )
-    samples = training_samples(config.data.prepared_dir, config.seed, "sequence", config.data.mixture)
+    pieces = pieces_of(Path(config.run_dir))
+    samples = training_samples(config.data.prepared_dir, config.seed, "sequence", config.data.mixture, (), pieces)
     # The same unseen batches for all checkpoints: after what the newest has read.
     first = max((checkpoint_files.checkpoint_position(path) for path in found.values()), default=0)
     size = config.fidelity.batch_size

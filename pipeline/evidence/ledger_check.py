@@ -15,6 +15,7 @@ from pipeline.config.schema import SourceConfig
 from pipeline.data.samples import Samples, training_samples
 from pipeline.evidence.invariance import first_few
 from pipeline.record import ledger
+from pipeline.record.mixture_log import pieces_of
 from pipeline.record.starts import Start, config_of_run, start_of, starts_of
 
 _CHUNK = 512
@@ -45,7 +46,9 @@ def check_ledger(run_dir: Path) -> tuple[str, list[str]]:
     starts = starts_of(run_dir)
     checks = [_gaps_and_repeats(rows, starts), _steps(rows, starts), _kept_without_weight(rows), _pools(rows, starts)]
     try:
-        samples = training_samples(prepared_dir, config["seed"], config["influence"]["unit"], mixture)
+        samples = training_samples(
+            prepared_dir, config["seed"], config["influence"]["unit"], mixture, (), pieces_of(run_dir)
+        )
     except ValueError:
         checks.append(_twice_in_an_epoch(rows, mixture is not None))
         how = f"order not recomputed: no prepared dataset at {prepared_dir}"

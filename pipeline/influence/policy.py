@@ -38,6 +38,8 @@ def decide(
     labelled tokens or without a score are neither flagged nor counted. Units that are not `finite` (in loss or score)
     get weight 0 whatever the policy.
 
+    `policy.rule: mixture` flags none.
+
     `policy.rule: top` keeps floor(units / pool), the best; while warming up, the first. With a temperature T it keeps
     those for which score / (T s) + z is highest, s being the standard deviation of the counted scores and z seeded
     Gumbel noise: a sample without replacement from softmax(score / (T s)) (Gumbel-top-k, arXiv 1903.06059). Units that
@@ -76,7 +78,9 @@ def _decide(
     place = torch.empty(len(scores), dtype=torch.long)
     order = (sign * scores).masked_fill(~counted, torch.inf).argsort(stable=True)
     place[order] = torch.arange(len(scores))
-    if policy.rule == "threshold":
+    if policy.rule == "mixture":
+        flagged = torch.zeros_like(counted)
+    elif policy.rule == "threshold":
         flagged = (sign * scores < sign * policy.threshold) & counted
     else:
         flagged = (place < _stochastic_round(policy.rate * units, seed, batch)) & counted

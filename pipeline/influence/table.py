@@ -114,7 +114,11 @@ def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, 
         "influence.unit": (influence.unit, "sequence"),
         "influence.passes": (influence.passes, "one"),
     }
-    if policy.action == "drop":
+    if policy.rule == "mixture" and name == "none":
+        raise ValueError(
+            "policy.rule 'mixture' moves weights by scores, and influence.estimator 'none' gives none: choose another"
+        )
+    if policy.action == "drop" and policy.rule != "mixture":
         chosen["policy.rule"] = (policy.rule, "rate")
     if policy.rule == "top" and influence.unit != "sequence":
         raise ValueError(
@@ -184,7 +188,7 @@ def check_effect(config: Config, settings: dict[str, Any], ranks: int) -> list[s
     but this is a mistake.
     """
     policy, influence, found = config.policy, config.influence, list[str]()
-    if influence.estimator == "none" or policy.action == "observe":
+    if influence.estimator == "none" or policy.action == "observe" or policy.rule == "mixture":
         return found
     together = settings["train_micro_batch_size_per_gpu"] * ranks
     accumulation = settings.get("gradient_accumulation_steps", 1)

@@ -63,6 +63,8 @@ class InfluenceTrainer(Trainer):
             raise ValueError(
                 "policy.rule 'top' reads more than Trainer hands over: choose another, or use InfluenceEngine itself"
             )
+        if policy and policy.rule == "mixture":
+            raise ValueError("policy.rule 'mixture' moves the order of pipeline.train's own data: choose another rule")
         self._influence, self._policy, self._reference = influence, policy or PolicyConfig(), reference
         self.influence_engine: InfluenceEngine | None = None
         self.outcome: Outcome | None = None

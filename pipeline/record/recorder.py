@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 from pipeline.config.cli import to_yaml
 from pipeline.config.schema import Config
 from pipeline.config.timing import outermost
+from pipeline.data.mixture import Piece
 from pipeline.data.planted import PREFIX
 from pipeline.data.prepared import load_report
 from pipeline.data.samples import Samples
-from pipeline.record import ledger
+from pipeline.record import ledger, mixture_log
 from pipeline.record.outcome import Decided, Outcome
 from pipeline.record.tensorboard import TensorBoard
 
@@ -41,6 +42,7 @@ class Recorder:
         rows = ledger.read(run_dir)
         self._trained = np.zeros(len(samples.mixture.sources) if samples.mixture else 0)
         self._shares(rows)
+        moving = samples.mixture is not None and config.policy.rule == "mixture"
         self._board = TensorBoard(
             run_dir,
             step,
@@ -50,7 +52,9 @@ class Recorder:
             audited=config.observe.audit_every_steps is not None,
             unit=config.influence.unit,
             mixed=samples.mixture is not None,
+            moving=moving,
         )
+        self._mixture = mixture_log.MixtureLog(run_dir, step) if moving else None
         if not step:
             self._board.hyperparameters(to_yaml(config))
         # A log file gets a line now and then instead of a bar that moves.
@@ -149,6 +153,13 @@ class Recorder:
         names = (f"trained_share_by_source/{source.name}" for source in mixture.sources)
         return dict(zip(names, shares.tolist(), strict=True))
 
+    def mixture(self, step: int, piece: Piece, sources: dict[str, dict[str, float | None]]) -> None:
+        """The weights that hold after `step`, and the influence that moved them."""
+        assert self._mixture
+        self._mixture.append(step, piece, sources)
+        weights = {f"mixture/{name}": values["weight"] for name, values in sources.items()}
+        self._board.scalars({tag: weight for tag, weight in weights.items() if weight is not None}, step)
+
     def evaluation(self, figures: dict[str, Any], step: int) -> None:
         """Held-out figures. (summary.json has those of every subset.)"""
         self._board.evaluation(figures, step)
@@ -162,6 +173,8 @@ class Recorder:
         """Close all files; returns the fraction of the time of its steps that this process spent on scoring, if any."""
         self._bar.close()
         self._board.close()
+        if self._mixture:
+            self._mixture.close()
         return _scoring(self._seconds) / self._seconds["step"] if self._seconds else None
 
     def _text_of(self, row: dict[str, Any]) -> str:

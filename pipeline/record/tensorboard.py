@@ -25,13 +25,14 @@ _TEXTS = 4
 _TEXT_CHARACTERS = 1500
 
 
-def _layout(held_out: bool, audited: bool, mixed: bool) -> dict[str, dict[str, list[Any]]]:
+def _layout(held_out: bool, audited: bool, mixed: bool, moving: bool) -> dict[str, dict[str, list[Any]]]:
     """One tab, "Custom scalars", that shows what was removed at a glance; without charts that would stay empty."""
     training = {
         "loss of what was kept": ["Multiline", ["train/loss"]],
         "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]] if held_out else None,
         "scores against what losses did": ["Multiline", ["influence/audit_pearson"]] if audited else None,
         "share of the trained tokens by source": ["Multiline", ["trained_share_by_source/.*"]] if mixed else None,
+        "weights of the sources": ["Multiline", ["mixture/.*"]] if moving else None,
     }
     return {
         "Removed": {
@@ -54,8 +55,8 @@ class TensorBoard:
 
     Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged. `subsets`, the
     largest first: the first `SHOWN_SUBSETS` of them, then of the ledger's, have curves; the rest is `other`.
-    `held_out`, `audited`, `mixed` (of sources): whether there will be such figures. `unit`: `influence.unit`, which is
-    what is counted.
+    `held_out`, `audited`, `mixed` (of sources), `moving` (their weights): whether there will be such figures. `unit`:
+    `influence.unit`, which is what is counted.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class TensorBoard:
         audited: bool = False,
         unit: str = "sequence",
         mixed: bool = False,
+        moving: bool = False,
     ) -> None:
         self._unit = unit
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
@@ -77,7 +79,7 @@ class TensorBoard:
         self._count(rows)
         self._step = step
         self._seen_standing_out = {(row["subset"], row["stands_out"]) for row in self._standing_out()}
-        self._writer.add_custom_scalars(_layout(held_out, audited, mixed))
+        self._writer.add_custom_scalars(_layout(held_out, audited, mixed, moving))
 
     @property
     def removed(self) -> int:

@@ -108,7 +108,7 @@ class InfluenceEngine:
         if shop.policy.rule == "top":
             return Pool(shop, scoring)
         if self.scorer.after_backward:
-            if shop.policy.action != "observe":
+            if shop.policy.action != "observe" and shop.policy.rule != "mixture":
                 refuse_dropout(self._engine.module)
             return Corrective(shop)
         return ScoreFirst(shop, scoring) if shop.influence.passes == "score_first" else OnePass(shop, scoring)

@@ -32,7 +32,9 @@ def without_effect(config: Config) -> list[str]:
         "influence.adam_power": (influence.precondition != "none", "influence.precondition"),
         "influence.lookahead_step": (influence.estimator == "lookahead", "influence.estimator lookahead"),
         "influence.scope": (policy.rule != "top", "another policy.rule than top"),
-        "policy.max_drop_fraction": (policy.rule != "top", "another policy.rule than top"),
+        "policy.max_drop_fraction": (policy.rule not in ("top", "mixture"), "policy.rule threshold or rate"),
+        "policy.mixture_rate": (policy.rule == "mixture", "policy.rule mixture"),
+        "policy.mixture_floor": (policy.rule == "mixture", "policy.rule mixture"),
         "policy.threshold": (policy.rule == "threshold", "policy.rule threshold"),
         "policy.rate": (policy.rule == "rate", "policy.rule rate"),
     }

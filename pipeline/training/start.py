@@ -35,6 +35,7 @@ from pipeline.models.reference_model import load_reference_model
 from pipeline.record.recorder import Recorder
 from pipeline.record.starts import Start, keep_start
 from pipeline.training.influence_engine import InfluenceEngine
+from pipeline.training.mixing import Mixing
 from pipeline.training.model_check import check_before_training
 from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import without_effect
@@ -59,6 +60,8 @@ class Run:
     """The DeepSpeed JSON that it runs under."""
     recorder: Recorder | None
     """On rank 0 only."""
+    mixing: Mixing | None
+    """Where the weights of sources move."""
 
 
 def begin(config: Config, end: int) -> Run:
@@ -83,7 +86,7 @@ def begin(config: Config, end: int) -> Run:
         config.data.prepared_dir, config.seed, config.influence.unit, config.data.mixture, leave_out
     )
     planned = list[str]()
-    if samples.mixture:
+    if samples.mixture and config.policy.rule != "mixture":
         position, step = 0, 0
         if checkpoint:
             position = checkpoint_files.checkpoint_position(checkpoint)
@@ -121,13 +124,20 @@ def begin(config: Config, end: int) -> Run:
         "engine": deepspeed_engine.identity(ds_engine),
         "dataset": load_fingerprint(config.data.prepared_dir),
     } | ({"adapter": adapter_settings(config.model.peft)} if config.model.peft else {})
+    mixing = None
     if samples.mixture:
         identity["mixture"] = samples.mixture.identity
+        if config.policy.rule == "mixture":
+            identity["mixture_moves"] = True
+            policy = config.policy
+            mixing = Mixing(samples.mixture, policy.mixture_rate, policy.mixture_floor, policy.warmup_steps)
     progress = Progress({}, {})
     if checkpoint:
         refuse_foreign(checkpoint, identity)
         progress = Progress(**deepspeed_engine.load_checkpoint(ds_engine, checkpoint, Progress.__annotations__))
         changed += engine.load_state_dict(progress.influence)
+        if mixing:
+            mixing.load_state_dict(progress.influence["mixture"])
 
     def open_records() -> Recorder:
         for what in [f"note: {each}" for each in said + planned] + [f"resume: {each}" for each in changed]:
@@ -137,10 +147,13 @@ def begin(config: Config, end: int) -> Run:
         where = (engine.step, engine.position, world, engine.size * world, engine.micro_batches)
         pool = config.policy.pool or 1
         keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool, planned))
-        return Recorder(config, samples, engine.step)
+        recorder = Recorder(config, samples, engine.step)
+        if mixing:
+            recorder.mixture(engine.step, mixing.piece, mixing.sources)
+        return recorder
 
     recorder = collectives.on_rank_0(open_records)
-    return Run(samples, ds_engine, engine, progress, checkpoint, identity, written_under, recorder)
+    return Run(samples, ds_engine, engine, progress, checkpoint, identity, written_under, recorder, mixing)
 
 
 def _first_of(samples: Samples, split: Split, config: Config) -> Iterator[Batch]:

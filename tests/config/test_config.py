@@ -58,6 +58,8 @@ def test_overrides_win_over_the_file_and_the_launchers_rank_is_accepted(options,
     assert (config.seed, config.influence.sketch.input_width, config.influence.sketch.logit_width) == (4, 9, 2048)
 
 
+TWO = '{"a": {"files": "g.txt"}, "b": {"files": "h.txt"}}'
+"""A mixture."""
 REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     (
         {"influence__estimator": "ip"},
@@ -171,6 +173,70 @@ REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
             {"data__mixture": '{"a": {"files": "g.txt"}, "b": {"files": "h.txt"}}'},
             {"data__mixture": '{"a": {"files": "g.txt", "weight": 1}, "b": {"files": "h.txt", "weight": 1}}'},
         ],
+    ),
+    (
+        {"policy__rule": "mixture"},
+        "policy.rule 'mixture' needs data.mixture, which is not set; set it, or choose another rule",
+        [{"data__mixture": TWO}, {"policy__rule": "rate"}],
+    ),
+    (
+        {
+            "policy__rule": "mixture",
+            "policy__action": "observe",
+            "data__mixture": TWO,
+        },
+        "it goes with no policy.action 'observe'",
+        [{"policy__action": None}, {"policy__rule": "rate"}],
+    ),
+    (
+        {
+            "policy__rule": "mixture",
+            "policy__flag": "highest",
+            "data__mixture": TWO,
+        },
+        "it goes with no policy.flag 'highest'",
+        [{"policy__flag": None}, {"policy__rule": "rate"}],
+    ),
+    (
+        {
+            "policy__rule": "mixture",
+            "policy__pool": 2,
+            "data__mixture": TWO,
+        },
+        "policy.rule 'top' and policy.pool",
+        [{"policy__pool": None}, {"policy__rule": "top"}],
+    ),
+    (
+        {
+            "policy__rule": "mixture",
+            "policy__temperature": 1.0,
+            "data__mixture": TWO,
+        },
+        "policy.temperature is for policy.rule 'top'",
+        [{"policy__temperature": None}],
+    ),
+    (
+        {"policy__rule": "mixture", "data__mixture": '{"a": {"files": "g.txt", "epochs": 2}}'},
+        "leave out data.mixture.a.epochs, or choose another rule",
+        [{"policy__rule": "rate"}, {"data__mixture": TWO}],
+    ),
+    (
+        {
+            "policy__rule": "mixture",
+            "influence__estimator": "none",
+            "data__mixture": TWO,
+        },
+        "influence.estimator 'none' gives none: choose another",
+        [{"influence__estimator": "loss"}],
+    ),
+    (
+        {
+            "policy__rule": "mixture",
+            "policy__mixture_floor": 1.0,
+            "data__mixture": TWO,
+        },
+        "policy.mixture_floor must lie in [0, 1), not 1.0",
+        [{"policy__mixture_floor": 0.0}],
     ),
     (
         {"policy__flag": "highest", "policy__action": "reweight"},

@@ -1,6 +1,7 @@
 """Runs on several sources with weights."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -162,13 +163,128 @@ def test_steps_beyond_all_epochs_are_refused_before_the_first_and_both_remedies_
     ranks(run, config_for("longer", *longer, max_steps=most // 4 + 1))
 
 
-def test_a_pool_reads_its_candidates_in_the_order_of_the_mixture(ranks, config_for, done):
-    """Catches a plan that counts what is trained on for what is read."""
+def test_a_pool_reads_its_candidates_in_the_order_of_the_mixture(ranks, config_for, tmp_path):
+    """Catches a plan that counts what is trained on for what is read, and a verifier that wants one epoch for all."""
     mixture = {"weight": 1}, {"weight": 3}
-    pool = config_for("pool", *mixture, max_steps=3, policy__rule="top", policy__pool=2)
+    small = {"data__max_sequences": 5, "data__prepared_dir": tmp_path / "prepared"}
+    pool = config_for("pool", *mixture, max_steps=3, policy__rule="top", policy__pool=2, **small)
     ranks(run, pool)
     assert check_ledger(Path(pool.run_dir))[1] == []
     of_sources = {"few": SourceConfig("", 1), "many": SourceConfig("", 3)}
     samples = training_samples(pool.data.prepared_dir, pool.seed, "sequence", of_sources)
     assert rows_of(pool)["sample_id"].tolist() == [unit.sample_id for unit in samples.units(0, 24)]
-    assert any("25.00% of what is read up to step 3" in each for each in starts_of(Path(pool.run_dir))[0].mixture)
+    assert rows_of(pool)["epoch"].max() == 3
+    assert (
+        starts_of(Path(pool.run_dir))[0]
+        .mixture[0]
+        .endswith("few is 25.00% of what is read up to step 3, 1.20 of its epochs")
+    )
+    shutil.rmtree(tmp_path / "prepared")  # without it the epochs are looked at
+    assert check_ledger(Path(pool.run_dir))[1] == []
+
+
+# Weights that move
+
+MOVING = {"policy__rule": "mixture", "policy__mixture_rate": 0.3, "max_steps": 8}
+FEW, MANY = {"weight": 1}, {"weight": 2}
+
+
+def lines_of(config: Config) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (Path(config.run_dir) / "mixture.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def moved(ranks, config_for) -> Config:
+    config = config_for("moved", FEW, MANY, **MOVING)
+    ranks(run, config)
+    return config
+
+
+def by_loop(config: Config) -> list[dict[str, float]]:
+    """The weights after every step, out of the ledger's scores."""
+    rows, names, found = rows_of(config), ("few", "many"), []
+    weight, average = {"few": 1 / 3, "many": 2 / 3}, dict[str, float]()
+    rows["source"] = ["few" if mine else "many" for mine in of_few(config, rows["sample_id"])]
+    for _, step in rows.groupby("step"):
+        for name, own in step.groupby("source"):
+            mean = (own["score"] * own["tokens"]).sum() / own["tokens"].sum()
+            average[name] = 0.9 * average.get(name, mean) + 0.1 * mean
+        if len(average) == 2 and average["few"] != average["many"]:
+            sign = 1 if average["few"] > average["many"] else -1  # two averages lie one spread from their mean
+            raw = {"few": weight["few"] * math.exp(0.3 * sign), "many": weight["many"] * math.exp(-0.3 * sign)}
+            floor = {"few": 0.1 / 3, "many": 0.2 / 3}
+            above = {name: max(raw[name] / sum(raw.values()) - floor[name], 0) for name in names}
+            weight = {name: floor[name] + 0.9 * above[name] / sum(above.values()) for name in names}
+        found.append(dict(weight))
+    return found
+
+
+def test_weights_follow_the_ledgers_scores_and_the_order_the_weights(moved):
+    """Catches weights that move by other scores than those recorded, an order that does not follow, and a unit that is
+    dropped."""
+    expected, lines, rows = by_loop(moved), lines_of(moved), rows_of(moved)
+    assert [line["step"] for line in lines] == list(range(9))
+    found = [{name: source["weight"] for name, source in line["sources"].items()} for line in lines]
+    assert found[0] == pytest.approx({"few": 1 / 3, "many": 2 / 3})
+    for weight, right in zip(found[1:], expected, strict=True):
+        assert weight == pytest.approx(right, rel=1e-4)
+    assert len({weight["few"] for weight in found}) > 4
+    assert rows["kept"].all()
+    target = sum(4 * weight["few"] for weight in found[:8])
+    assert abs(sum(of_few(moved, rows["sample_id"])) - target) <= 1
+    assert shown(moved, "mixture/few")[8] == pytest.approx(found[8]["few"])
+    assert check_ledger(Path(moved.run_dir))[1] == []
+
+
+def test_a_verifier_that_forgets_the_moves_would_find_the_order_wrong(moved, tmp_path):
+    """Catches moves that change nothing of what is read."""
+    shutil.copytree(moved.run_dir, tmp_path / "copy")
+    (tmp_path / "copy" / "mixture.jsonl").unlink()
+    assert any("holds sample" in each for each in check_ledger(tmp_path / "copy")[1])
+
+
+def test_the_weights_move_alike_on_one_rank(one_rank, config_for, moved):
+    """Catches a rank that moves by its own units."""
+    alone = config_for("moved alone", FEW, MANY, 4, **MOVING)
+    one_rank(run, alone)
+    assert rows_of(alone)["sample_id"].tolist() == rows_of(moved)["sample_id"].tolist()
+    for left, right in zip(lines_of(alone), lines_of(moved), strict=True):
+        assert left["piece"]["read"] == right["piece"]["read"]
+        for name in ("few", "many"):
+            assert left["sources"][name]["weight"] == pytest.approx(right["sources"][name]["weight"], rel=1e-4)
+
+
+def test_a_moving_run_stopped_twice_ends_as_the_one_that_was_not(ranks, config_for, moved):
+    """Catches weights, averages or deficits that begin anew at a resume; steps after a checkpoint are given up."""
+    ranks(until, config_for("moved twice", FEW, MANY, **MOVING), 3)
+    resumed = config_for("moved twice", FEW, MANY, **MOVING, resume="auto")
+    ranks(until, resumed, 6)
+    back = Path(resumed.run_dir, "checkpoints", "step-3")
+    ranks(run, config_for("moved twice", FEW, MANY, **MOVING, resume=back))
+    assert lines_of(resumed) == lines_of(moved)
+    assert rows_of(resumed).drop(columns="document_ids").equals(rows_of(moved).drop(columns="document_ids"))
+    assert check_ledger(Path(resumed.run_dir))[1] == []
+    [told, _] = ranks(refused, config_for("moved twice", FEW, MANY, max_steps=9, resume="auto"))
+    assert "mixture_moves: True -> 'absent'" in told
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [{"influence__estimator": "ghost"}, {"influence__estimator": "loss"},
+     {"influence__estimator": "lookahead", "influence__passes": "score_first"},
+     {"influence__reference": "validation"}],
+    ids=["ghost", "loss", "lookahead", "lai validation"],
+)  # fmt: skip
+def test_any_scores_move_weights(ranks, config_for, corpus, estimator):
+    """Catches a rule that is for some estimators only."""
+    if estimator.get("influence__estimator") == "lookahead":
+        estimator = estimator | {"influence__reference": "validation"}
+    if "influence__reference" in estimator:
+        estimator = estimator | {"data__reference_files": corpus / "documents.jsonl"}
+        estimator |= {"data__prepared_dir": corpus / "mixture with a reference"}
+    config = config_for(
+        "-".join(map(str, estimator.values())).replace("/", ""), FEW, MANY, **MOVING | {"max_steps": 3}, **estimator
+    )
+    ranks(run, config)
+    assert len({line["sources"]["few"]["weight"] for line in lines_of(config)}) > 1
+    assert check_ledger(Path(config.run_dir))[1] == []

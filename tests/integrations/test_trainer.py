@@ -325,6 +325,7 @@ def test_without_deepspeed_or_with_a_part_of_its_ranks_it_is_refused(ranks, tiny
         ({"label_smoothing_factor": 0.1}, "without label_smoother"),
         ({"neftune_noise_alpha": 5.0}, "without neftune_noise_alpha"),
         ({"policy": PolicyConfig(rule="top", pool=2)}, "reads more than Trainer hands over"),
+        ({"policy": PolicyConfig(rule="mixture")}, "moves the order of pipeline.train's own data"),
         ({"influence": InfluenceConfig(estimator="ghost")}, '"managed_gradient_accumulation": false'),
         ({"per_device_train_batch_size": 1}, "train_micro_batch_size_per_gpu=2 vs hf per_device_train_batch_size=1"),
     ],
