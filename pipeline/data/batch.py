@@ -73,9 +73,13 @@ class Batch:
         return values_N.to(self.input_ids_BT.device).view_as(self.input_ids_BT)
 
     def whole_rows(self, true_U: Tensor) -> Tensor:
-        """True where it is true of all units of the same sequence."""
-        rows_U = self._rows_U().to(true_U.device)
-        return ~torch.isin(rows_U, rows_U[~true_U])
+        """True where it is true of all units of the same sequence. The device is not waited for."""
+        rows_U = self._rows_U()
+        if len(rows_U.unique()) == len(rows_U):  # a unit is a sequence
+            return true_U
+        rows_U = rows_U.to(true_U.device)
+        false_B = torch.zeros(len(self.input_ids_BT), device=true_U.device).index_add_(0, rows_U, (~true_U).float())
+        return false_B[rows_U] == 0
 
     def blank(self, units_U: Tensor) -> "Batch":
         """The batch with token 0 all over the sequences of these units: of the same shape, with nothing of theirs."""

@@ -42,7 +42,7 @@ def all_gather_rows(rows_UC: Tensor) -> Tensor:
     count = torch.tensor([len(rows_UC)], device=rows_UC.device)
     counts = [torch.empty_like(count) for _ in range(world_size())]
     dist.all_gather(counts, count)
-    sizes = [int(count) for count in counts]
+    sizes = torch.cat(counts).tolist()  # the device is waited for once, not once a rank
     padded = rows_UC.new_zeros(max(sizes), rows_UC.shape[1])
     padded[: len(rows_UC)] = rows_UC
     gathered = [torch.empty_like(padded) for _ in sizes]

@@ -11,6 +11,20 @@ def seed_of(seed: int, what: str) -> int:
     return zlib.crc32(f"{seed}/{what}".encode())
 
 
+_AT_ONCE = 2**24
+"""Up to how many products lie in memory so that one kernel adds them up: as many numbers as a chunk of logit gradients
+has. On an accelerator a kernel for each turn through the buckets would take longer to launch than to run;
+turns of more than 2**21 numbers have one each."""
+
+
+_AT_ONCE_CPU = 2**15
+"""A CPU launches for next to nothing, and would wait for its memory: as many as its cache holds."""
+
+
+_WORTH_IT = 8
+"""Turns added up by one kernel, at least: of fewer the memory that is moved costs more than launching a kernel each."""
+
+
 class CountSketch:
     """A seeded random map from `dim` to `width` numbers that keeps inner products in expectation.
 
@@ -41,12 +55,26 @@ class CountSketch:
         signs_D = self._signs_D.to(dtype)
         if scale is not None:
             signs_D = signs_D * scale  # not x, which is read once like this
-        first, bucket = 0, self._offset
-        while first < len(signs_D):
-            count = min(self.width - bucket, len(signs_D) - first)
-            part = slice(first, first + count)
-            out_NW[:, bucket : bucket + count].addcmul_(x_ND[:, part], signs_D[part])
-            first, bucket = first + count, 0
+        # Whole turns through the buckets, and what is left before and behind them.
+        first = (self.width - self._offset) % self.width
+        turns = max(0, (len(signs_D) - first) // self.width)
+        behind = first + turns * self.width
+        most = _AT_ONCE_CPU if x_ND.device.type == "cpu" else _AT_ONCE
+        once = min(turns, most // max(1, out_NW.numel()))
+        # Product, sum and addition are three kernels themselves, and move a little more than a kernel for each turn.
+        once = once if once >= _WORTH_IT else 1
+        for start in range(0, turns, once):
+            count = min(once, turns - start)
+            part = slice(first + start * self.width, first + (start + count) * self.width)
+            if count == 1:
+                out_NW.addcmul_(x_ND[:, part], signs_D[part])
+            else:
+                out_NW += (x_ND[:, part] * signs_D[part]).unflatten(1, (count, self.width)).sum(1)
+        if first:
+            size = min(first, len(signs_D))
+            out_NW[:, self._offset : self._offset + size].addcmul_(x_ND[:, :size], signs_D[:size])
+        if behind < len(signs_D):
+            out_NW[:, : len(signs_D) - behind].addcmul_(x_ND[:, behind:], signs_D[behind:])
         return out_NW
 
     def of(self, coordinates_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline.config.schema import InfluenceConfig, SketchConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch, Unit, next_token_labels
-from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.micro_batch import MicroBatch, forward_losses
 from pipeline.influence.table import scorer_of
 from pipeline.models.second_moments import SecondMoments
 from tests.reference.influence import token_pair_sketches
@@ -318,3 +319,45 @@ def test_a_sample_that_is_not_finite_has_no_loss_and_spoils_nobody_elses_score(m
     assert found[0].losses_U.isfinite().tolist() == [True, False, True]
     if name != "none":
         torch.testing.assert_close(found[0].scores_U[[0, 2]], found[1].scores_U[[0, 2]], rtol=1e-4, atol=1e-8)
+
+
+class Waits(TorchDispatchMode):
+    """How often the host would wait for an accelerator: for a number, or for how many there are of something."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket
+        chosen = args[1] if name in (torch.ops.aten.index, torch.ops.aten.index_put_) else ()
+        by_mask = any(index is not None and index.dtype == torch.bool for index in chosen)
+        numbers = (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.masked_select)
+        self.count += by_mask or name in numbers
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["lai", "lli", "residual", "ghost"])
+def test_scoring_does_not_wait_for_the_device(model, name):
+    """From the forward to the scores, which are then gathered in one go. Catches numbers that are read on the way. (Of
+    the first micro-batch some are, to know the model by.)"""
+
+    with Waits() as plain:
+        forward_losses(model, batch_of(1)).sum().backward()
+    scorer = plain_scorer(InfluenceConfig(estimator=name, sketch=SKETCH), model, 3)
+    for seed in (0, 1):
+        with Waits() as scored:
+            watched = MicroBatch(scorer, batch_of(seed), Stopwatch(CPU))
+            losses = watched.forward(model)
+            watched.before_backward(float(losses.numel()))
+            losses.sum().backward()
+            watched.add()
+            scorer.scores()
+    assert scored.count == plain.count
+
+
+def test_a_row_counts_where_all_of_its_units_do():
+    """Catches units that are taken for rows where a row has several."""
+    units = [Unit(i, i, (start, stop), [i], "-") for i, (start, stop) in enumerate([(0, 3), (3, 8), (8, 16), (16, 20)])]
+    batch = replace(batch_of(0), units=[*units, Unit(4, 4, (20, 24), [4], "-")])
+    for true in ([1, 1, 1, 1, 1], [1, 0, 1, 1, 1], [1, 1, 0, 0, 1], [0, 0, 1, 1, 0]):
+        expected = [true[0] and true[1]] * 2 + [true[2]] + [true[3] and true[4]] * 2
+        assert batch.whole_rows(torch.tensor(true) > 0).tolist() == [each > 0 for each in expected]

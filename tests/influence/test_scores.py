@@ -2,7 +2,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from pipeline.influence import sketch
 from pipeline.influence.scores import influence_scores, unit_sketches
 from pipeline.influence.sketch import CountSketch, hashed
 from tests.reference.influence import quadruple_loop
@@ -82,15 +84,63 @@ def test_a_scale_on_the_way_is_one_before(width, dtype):
     """Catches a scale by bucket instead of by coordinate, one taken in low precision, and one that stays."""
     generator = torch.Generator().manual_seed(2)
     x, scale = torch.randn(5, 8, generator=generator).to(dtype), torch.rand(8, generator=generator) * 10
-    sketch = CountSketch(8, width, 7, torch.device("cpu"))
-    expected = sketch(x.float() * scale)
-    torch.testing.assert_close(hashed(sketch, x, scale), expected)
+    made = CountSketch(8, width, 7, torch.device("cpu"))
+    expected = made(x.float() * scale)
+    torch.testing.assert_close(hashed(made, x, scale), expected)
     torch.testing.assert_close(hashed(None, x, scale), x.float() * scale)
-    torch.testing.assert_close(sketch(x, torch.ones(5, width), scale * 2), 1 + 2 * expected)
-    torch.testing.assert_close(hashed(sketch, x, None), sketch(x.float()))
+    torch.testing.assert_close(made(x, torch.ones(5, width), scale * 2), 1 + 2 * expected)
+    torch.testing.assert_close(hashed(made, x, None), made(x.float()))
 
 
 def test_sketch_does_not_advance_the_models_generator():
     state = torch.get_rng_state()
     CountSketch(100, 10, 0, torch.device("cpu"))(torch.zeros(3, 100))
     assert torch.equal(state, torch.get_rng_state())
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(0, 3),
+    dim=st.integers(1, 60),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 9),
+    at_once=st.sampled_from([1, 90, 2**24]),
+)
+def test_sketch_is_the_sum_over_coordinates_in_whatever_portions_it_is_added_up(rows, dim, width, seed, at_once):
+    """Catches a turn through the buckets that is left out, taken twice or put elsewhere where the width does not
+    divide, in the form of CPUs and in that of accelerators."""
+    device = torch.device("cpu")
+    x, scale = torch.randn(rows, dim, dtype=torch.float64), torch.randn(dim, dtype=torch.float64)
+    made = CountSketch(dim, width, seed, device)
+    expected = torch.ones(rows, width, dtype=torch.float64)
+    for i, (bucket, sign) in enumerate(zip(*made.of(torch.arange(dim)), strict=True)):
+        expected[:, bucket] += sign * x[:, i] * scale[i]
+    before, sketch._AT_ONCE_CPU = sketch._AT_ONCE_CPU, at_once
+    try:
+        found = made(x, torch.ones(rows, width, dtype=torch.float64), scale)
+    finally:
+        sketch._AT_ONCE_CPU = before
+    torch.testing.assert_close(found, expected)
+
+
+class Launches(TorchDispatchMode):
+    """How many kernels an accelerator would have to launch: calls that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "dim", "width", "most"),
+    [(333, 50257, 2048, 5), (1024, 3072, 512, 7), (1024, 3072, 128, 5), (1024, 8192, 512, 5), (1024, 8192, 128, 5)],
+)
+def test_sketch_takes_few_kernels_on_an_accelerator(rows, dim, width, most):
+    """Catches a kernel for every turn through the buckets, up to 65 of them."""
+    meta = torch.device("meta")
+    made, x, out = CountSketch(dim, width, 3, meta), *(torch.empty(rows, n, device=meta) for n in (dim, width))
+    with Launches() as launches:
+        made(x, out)
+    assert launches.count <= most
