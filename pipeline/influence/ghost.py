@@ -2,7 +2,7 @@
 2510.16007)."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Self
@@ -14,16 +14,18 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import InfluenceConfig
 from pipeline.config.timing import Stopwatch
-from pipeline.data.batch import IGNORE, Batch
+from pipeline.data.batch import IGNORE, Batch, Span
 from pipeline.influence.adam import adam_factors, saturation
 from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.hooks import hooks
-from pipeline.influence.sketch import CountSketch, hashed, seed_of
+from pipeline.influence.scores import unit_sketches
+from pipeline.influence.sketch import CountSketch, gradient_visitor, hashed, seed_of
 from pipeline.models.experts import Experts, Router
 from pipeline.models.heads import LogitPath, logit_path
 from pipeline.models.layer import Layer
 from pipeline.models.layers import layers_of
 from pipeline.models.second_moments import SecondMoments
+from pipeline.tasks.causal_lm import Visitor
 
 
 @dataclass
@@ -51,13 +53,14 @@ class Weight:
         """Output gradients likewise."""
         return hashed(self.outputs, gradient_NO, self.output_scale_O)
 
-    def put(self, sketch_M: Tensor, part_KG: Tensor) -> None:
-        """Add a gradient of this weight to a unit's sketch."""
+    def put(self, sketches_UM: Tensor, parts_UKG: Tensor) -> None:
+        """Add gradients of this weight to the units' sketches."""
         if isinstance(self.place, slice):
-            sketch_M[self.place] += part_KG.flatten()
+            sketches_UM[:, self.place] += parts_UKG.flatten(1)
         else:
             assert self.signs_KG is not None
-            sketch_M.index_add_(0, self.place, (part_KG * self.signs_KG).flatten().to(sketch_M.dtype))
+            signed_UP = (parts_UKG * self.signs_KG).flatten(1).to(sketches_UM.dtype)
+            sketches_UM.scatter_add_(1, self.place.expand_as(signed_UP), signed_UP)
 
 
 class Ghost:
@@ -168,6 +171,7 @@ class GhostWatch:
         self._sketches: Tensor | None = None
         self._head_inputs: Tensor | None = None
         self._head_output: Tensor | None = None
+        self._logits_NV: Tensor | None = None
         self._tokens = 0
         self._ends: list[GradientEdge] = []
         """How far a backward must come for all that is scored."""
@@ -192,16 +196,24 @@ class GhostWatch:
             self._how.path = logit_path(self._head_output.flatten(0, -2), self._logits_NV, self._how.cap)
         self._path = self._how.path or LogitPath()
         self._head_output = None
+        if self._how.saturates:  # before a backward takes the logits' place
+            self._own_logits_N1 = self._logits_NV.gather(1, self._targets_N()[:, None])
 
-    def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+    @property
+    def visit(self) -> Visitor:
         if not self._how.head.trained:
-            return gradient_nV.new_zeros(len(gradient_nV), 0)
+            return lambda gradient_nV, _: gradient_nV.new_zeros(len(gradient_nV), 0)
+        weight = self._how.weights[self._how.head.weight]
+        return self._visit if self._path != LogitPath() else gradient_visitor(weight.outputs, weight.output_scale_O)
+
+    def _visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+        assert self._logits_NV is not None
         first, self._tokens = self._tokens, self._tokens + len(gradient_nV)
         output_nV = self._path.to_output(gradient_nV, self._logits_NV[first : self._tokens])
         return self._how.weights[self._how.head.weight].sketch_outputs(output_nV)
 
     def before_backward(self, losses_BT: Tensor, step_tokens: float | None) -> None:
-        self._losses_BT, self._step_tokens = losses_BT.detach(), step_tokens
+        self._losses_BT, self._step_tokens, self._logits_NV = losses_BT.detach(), step_tokens, None
         if losses_BT.requires_grad:
             losses_BT.register_hook(self._read_factor)
 
@@ -214,11 +226,12 @@ class GhostWatch:
         """The head's part comes from the logit gradients of the forward, which need no backward."""
         sketches = self._sketches
         assert sketches is not None, "no backward came by since `before_backward`"
+        assert self._factor is not None
+        sketches /= self._factor  # the head's part, below, has none
         saturation_U = self._saturation()
         if self._how.head.trained:
             assert self._head_inputs is not None
             self._add(sketches, self._how.weights[self._how.head.weight], self._head_inputs, logit_sketch_NG)
-            del self._logits_NV
         return SampleGradients(sketches, saturation_U)
 
     def _saturation(self) -> Tensor:
@@ -236,15 +249,12 @@ class GhostWatch:
             return saturation_U
         lengths = [stop - start for start, stop in batch.spans]
         units_N = torch.cat([batch.labels_BT.new_full((length,), unit) for unit, length in enumerate(lengths)])
-        labelled_N = batch.labels_BT.flatten() != IGNORE
         parts: dict[str, list[tuple[Tensor, Tensor]]] = defaultdict(list)
         if how.head.trained:
             assert self._head_inputs is not None
-            labels_N = batch.labels_BT.flatten().where(labelled_N, 0)
-            feedback_N = torch.expm1(-losses_BT.flatten()).where(labelled_N, 0.0)
-            own_N1 = self._logits_NV.gather(1, labels_N[:, None])
-            feedback_N = self._path.to_output(feedback_N[:, None], own_N1)[:, 0]
-            parts[how.head.weight].append((labels_N, self._head_inputs * feedback_N[:, None]))
+            feedback_N = torch.expm1(-losses_BT.flatten()).where(batch.labels_BT.flatten() != IGNORE, 0.0)
+            feedback_N1 = self._path.to_output(feedback_N[:, None], self._own_logits_N1)
+            parts[how.head.weight].append((self._targets_N(), self._head_inputs * feedback_N1))
         if how.words.trained:
             assert self._embedded_rows is not None
             parts[how.words.weight].append(self._embedded_rows)
@@ -262,6 +272,10 @@ class GhostWatch:
             taken_M = saturation(squares_M, scale_V[words_M], weight.layer.inputs, self._step_tokens, how.newest)
             saturation_U.index_add_(0, units_M, taken_M.to(saturation_U.dtype))
         return saturation_U
+
+    def _targets_N(self) -> Tensor:
+        labels_N = self._batch.labels_BT.flatten()
+        return labels_N.where(labels_N != IGNORE, 0)
 
     def _hook(self, layer: Layer, output: Tensor, came_back: Callable[[Tensor], None]) -> None:
         """Have the gradient at the output of a layer, whose weight is trained, come by."""
@@ -319,7 +333,7 @@ class GhostWatch:
             return
         with self._how.timed("layer gradients"):
             weight = self._how.weights[layer.weight]
-            feedback_NG = weight.sketch_outputs(layer.output_rows(gradient)) / self._factor
+            feedback_NG = weight.sketch_outputs(layer.output_rows(gradient))
             self._add(self._sketches, weight, inputs_NK, feedback_NG)
 
     @torch.no_grad()
@@ -331,8 +345,8 @@ class GhostWatch:
                 weight = self._how.weights[name]
                 inputs_nK, feedback_nG = weight.sketch_inputs(input_nD), weight.sketch_outputs(gradient_nO)
                 bounds = torch.tensor(self._batch.spans, device=position_n.device)
-                rows = torch.searchsorted(position_n, bounds).tolist()  # positions ascend
-                self._add(self._sketches, weight, inputs_nK, feedback_nG / self._factor, rows)
+                rows = [(start, stop) for start, stop in torch.searchsorted(position_n, bounds).tolist()]  # ascending
+                self._add(self._sketches, weight, inputs_nK, feedback_nG, rows)
 
     @torch.no_grad()
     def _came_back_to_words(self, words_N: Tensor, gradient: Tensor) -> None:
@@ -341,17 +355,17 @@ class GhostWatch:
             return
         with self._how.timed("layer gradients"):
             weight = self._how.weights[self._how.words.weight]
-            rows_NK = weight.sketch_inputs(self._how.words.row_gradients(words_N, gradient)) / self._factor
-            self._embedded_rows = words_N, rows_NK
+            rows_NK = weight.sketch_inputs(self._how.words.row_gradients(words_N, gradient))
+            self._embedded_rows = words_N, rows_NK / self._factor
             columns_N, signs_N = weight.outputs.of(words_N) if weight.outputs else (words_N, None)
             scale_N = weight.output_scale_O[words_N] if weight.output_scale_O is not None else None
             for scale in (signs_N, scale_N):
                 if scale is not None:
                     rows_NK = rows_NK * scale.to(rows_NK.dtype)[:, None]
-            for sketch, (start, stop) in zip(self._sketches, self._batch.spans, strict=True):
-                part_KG = rows_NK.new_zeros(weight.shape)
+            parts_UKG = rows_NK.new_zeros(len(self._sketches), *weight.shape)
+            for part_KG, (start, stop) in zip(parts_UKG, self._batch.spans, strict=True):
                 part_KG.index_add_(1, columns_N[start:stop], rows_NK[start:stop].T)
-                weight.put(sketch, part_KG)
+            weight.put(self._sketches, parts_UKG)
 
     def _add(
         self,
@@ -359,8 +373,8 @@ class GhostWatch:
         weight: Weight,
         inputs_NK: Tensor,
         feedback_NG: Tensor,
-        rows: list[list[int]] | None = None,
+        rows: Sequence[Span] | None = None,
     ) -> None:
         """`rows`: first and one-past-last of each unit's, where they are not all positions."""
-        for sketch, (start, stop) in zip(sketches, rows or self._batch.spans, strict=True):
-            weight.put(sketch, inputs_NK[start:stop].T @ feedback_NG[start:stop].to(inputs_NK.dtype))
+        feedback_NG = feedback_NG.to(inputs_NK.dtype)
+        weight.put(sketches, unit_sketches(inputs_NK, feedback_NG, rows or self._batch.spans))

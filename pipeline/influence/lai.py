@@ -14,10 +14,11 @@ from pipeline.influence.adam import adam_factors
 from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.layer_inputs import LayerInputs
 from pipeline.influence.scores import unit_sketches
-from pipeline.influence.sketch import CountSketch, hashed, seed_of
+from pipeline.influence.sketch import CountSketch, gradient_visitor, seed_of
 from pipeline.models.layer import Layer
 from pipeline.models.layers import head_of, layers_of
 from pipeline.models.second_moments import SecondMoments
+from pipeline.tasks.causal_lm import Visitor
 
 
 class Lai:
@@ -106,8 +107,9 @@ class LaiWatch:
     def norms(self) -> Mapping[str, Tensor]:
         return self._inputs.norms
 
-    def visit(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
-        return hashed(self._how.logits, gradient_nV, self._how.logit_scale_V)
+    @property
+    def visit(self) -> Visitor:
+        return gradient_visitor(self._how.logits, self._how.logit_scale_V)
 
     def before_losses(self, logits_BTV: Tensor) -> None: ...
 

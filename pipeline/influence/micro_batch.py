@@ -1,6 +1,7 @@
 """One micro-batch on its way through the model to its scorer: the calls, in their order, in one place."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.scorer import Scorer, SketchScorer
-from pipeline.tasks.causal_lm import Visitor, token_losses
+from pipeline.tasks.causal_lm import SketchVisitor, Visitor, token_losses
 
 
 class MicroBatch:
@@ -65,7 +66,7 @@ class MicroBatch:
             with timed("logit gradient"):
                 return visit(gradient_nV, labelled_n)
 
-        return timed_visit
+        return replace(visit, visit=timed_visit) if isinstance(visit, SketchVisitor) else timed_visit
 
 
 def hold_validation(

@@ -10,18 +10,34 @@ because the sum over token pairs of a product of two inner products is the inner
 products: linear in tokens, no token-pair matrix, and one (K, G) matrix to sum over ranks.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from pipeline.data.batch import Span
 
 
-def unit_sketches(inputs_NK: Tensor, feedback_NG: Tensor, spans: list[Span]) -> Tensor:
+def unit_sketches(inputs_NK: Tensor, feedback_NG: Tensor, spans: Sequence[Span]) -> Tensor:
     """The gradient sketch of every unit, M_u = sum over t in u of inputs_t (outer) feedback_t, as (U, K, G)."""
+    alike = _of_one_length(spans)
+    if alike:  # one product
+        inputs_nK, feedback_nG = inputs_NK[: alike * len(spans)], feedback_NG[: alike * len(spans)]
+        return inputs_nK.unflatten(0, (-1, alike)).mT @ feedback_nG.unflatten(0, (-1, alike))
     sketches_UKG = inputs_NK.new_zeros(len(spans), inputs_NK.shape[1], feedback_NG.shape[1])
     for sketch_KG, (start, stop) in zip(sketches_UKG, spans, strict=True):
         torch.mm(inputs_NK[start:stop].T, feedback_NG[start:stop], out=sketch_KG)
     return sketches_UKG
+
+
+def _of_one_length(spans: Sequence[Span]) -> int:
+    """The length of spans that follow one another and are all as long; 0 where they are not so."""
+    length = spans[0][1] if spans else 0
+    return (
+        length
+        if list(spans) == [(start, start + length) for start in range(0, length * len(spans), length or 1)]
+        else 0
+    )
 
 
 def influence_scores(sketches_UM: Tensor, reference_M: Tensor, own: float) -> Tensor:

@@ -5,6 +5,9 @@ import zlib
 import torch
 from torch import Tensor
 
+from pipeline.kernels.available import Hashing, usable
+from pipeline.tasks.causal_lm import SketchVisitor, Visitor
+
 
 def seed_of(seed: int, what: str) -> int:
     """A seed for `what` that depends on nothing but the run's and its name."""
@@ -49,6 +52,11 @@ class CountSketch:
     def __call__(self, x_ND: Tensor, out_NW: Tensor | None = None, scale: float | Tensor | None = None) -> Tensor:
         """(N, dim) -> (N, width), in float32 (float64 stays), of x or x times `scale`, one number or `dim`; added to
         `out_NW` where that is given."""
+        if usable(x_ND):
+            from pipeline.kernels.sketch import add_sketch  # imports Triton
+
+            times, scale_D = (1.0, scale) if isinstance(scale, Tensor) else (1.0 if scale is None else scale, None)
+            return add_sketch(x_ND, self.hashing(scale_D), times, out_NW)
         dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
         if out_NW is None:
             out_NW = torch.zeros(len(x_ND), self.width, dtype=dtype, device=x_ND.device)
@@ -77,6 +85,10 @@ class CountSketch:
             out_NW[:, : len(signs_D) - behind].addcmul_(x_ND[:, behind:], signs_D[behind:])
         return out_NW
 
+    def hashing(self, scale_D: Tensor | None = None) -> Hashing:
+        """Of `scale_D` times a vector, for the kernels."""
+        return Hashing(self._signs_D, self._offset, self.width, scale_D)
+
     def of(self, coordinates_N: Tensor) -> tuple[Tensor, Tensor]:
         """Bucket and sign of each coordinate: what the sketch makes of that basis vector."""
         return (coordinates_N + self._offset) % self.width, self._signs_D[coordinates_N]
@@ -88,3 +100,12 @@ def hashed(sketch: CountSketch | None, x_ND: Tensor, scale_D: Tensor | None) -> 
         return sketch(x_ND, scale=scale_D)
     x_ND = x_ND.to(torch.promote_types(x_ND.dtype, torch.float32))
     return x_ND if scale_D is None else x_ND * scale_D.to(x_ND.dtype)
+
+
+def gradient_visitor(sketch: CountSketch | None, scale_V: Tensor | None) -> Visitor:
+    """What makes `hashed` of logit gradients: while the logits are read, where there is a sketch and a kernel."""
+
+    def visit(gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+        return hashed(sketch, gradient_nV, scale_V)
+
+    return SketchVisitor(visit, sketch.hashing(scale_V)) if sketch else visit

@@ -1,11 +1,14 @@
 """Logits -> per-token loss and its analytic gradient. Pure tensors, no ranks."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from pipeline.data.batch import IGNORE
+from pipeline.kernels.available import Hashing, usable
 
 _CHUNK_BYTES = 64 * 2**20
 
@@ -19,6 +22,17 @@ Visitor = Callable[[Tensor, Tensor], Tensor]
 (n,): the other rows mean nothing. Returns what to keep, (n, G), in which those rows are then set to 0."""
 
 
+@dataclass(frozen=True)
+class SketchVisitor:
+    """A visitor that makes nothing but a count sketch, which a kernel can make without the gradients."""
+
+    visit: Visitor
+    hashing: Hashing
+
+    def __call__(self, gradient_nV: Tensor, labelled_n: Tensor) -> Tensor:
+        return self.visit(gradient_nV, labelled_n)
+
+
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, visit: Visitor | None = None) -> tuple[Tensor, Tensor | None]:
     """Cross-entropy of every position, in nats, and what `visit` makes of its gradient with respect to the logits.
 
@@ -27,11 +41,16 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, visit: Visitor | None = 
     forward, for loss and gradient both, and once in the backward, so no second (B, T, V) tensor is kept and logits in
     16 bits are never whole in float32.
 
+    On a CUDA device a kernel reads the logits once for losses and sketch (`visit` a `SketchVisitor`, or none), and the
+    backward writes the gradient over the logits: a second backward, or one of an operation that kept them, raises.
+
     Returns (losses_BT, feedback_NG): losses in float32 (float64 for float64 logits), attached to the graph; feedback
     for the N = B T positions in order, detached, or None without `visit`.
     """
     labels_N = labels_BT.flatten()
-    losses_N, feedback_NG = _TokenLosses.apply(logits_BTV.flatten(0, 1), labels_N, visit)
+    fused = usable(logits_BTV) and (visit is None or isinstance(visit, SketchVisitor))
+    chosen = _FusedTokenLosses if fused else _TokenLosses
+    losses_N, feedback_NG = chosen.apply(logits_BTV.flatten(0, 1), labels_N, visit)
     return losses_N.view_as(labels_BT), feedback_NG
 
 
@@ -69,6 +88,31 @@ class _TokenLosses(torch.autograd.Function):
             torch.mul(gradient_nV, (grad_N[start:stop] * labelled_n)[:, None], out=grad_NV[start:stop])
             start = stop
         return grad_NV, None, None
+
+
+class _FusedTokenLosses(torch.autograd.Function):
+    """The same in one kernel each way."""
+
+    @staticmethod
+    def forward(ctx, logits_NV: Tensor, labels_N: Tensor, visit: SketchVisitor | None):
+        from pipeline.kernels.losses import losses_and_sketch  # imports Triton
+
+        logits_NV = logits_NV if logits_NV.stride(1) == 1 else logits_NV.contiguous()
+        hashing = visit.hashing if visit else None
+        losses_N, lse_N, feedback_NG = losses_and_sketch(logits_NV, labels_N, IGNORE, hashing)
+        ctx.save_for_backward(logits_NV, labels_N, lse_N)
+        if feedback_NG is not None:
+            ctx.mark_non_differentiable(feedback_NG)
+        return losses_N, feedback_NG
+
+    @staticmethod
+    def backward(ctx, grad_N: Tensor, _):
+        from pipeline.kernels.losses import to_gradient
+
+        logits_NV, labels_N, lse_N = ctx.saved_tensors
+        to_gradient(logits_NV, labels_N, IGNORE, lse_N, grad_N)
+        increment_version(logits_NV)  # so that autograd tells whoever kept the logits that they are gone
+        return logits_NV, None, None
 
 
 def _softmax(logits_nV: Tensor) -> Tensor:
