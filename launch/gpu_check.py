@@ -31,7 +31,7 @@ from pipeline.config.schema import PolicyConfig
 from pipeline.evidence.invariance import HALF_TOLERANCE, compare, first_few
 from pipeline.record import ledger
 
-RUNS, SOAK, UNBROKEN = (Path("runs/gpu_check", name) for name in ("", "soak", "unbroken"))
+RUNS, SOAK, UNBROKEN, LARGE = (Path("runs/gpu_check", name) for name in ("", "soak", "unbroken", "large"))
 RATE = 0.25
 
 
@@ -56,15 +56,31 @@ def stages(cpu: bool) -> list[Stage]:
     decisions = f"python -m pipeline.verify invariance {lai} --run_dir {RUNS}/invariance"
     decisions += " --only 'ZeRO 2'" if cpu else " --only ZeRO"
     benchmark = f"{start} pipeline.benchmark --config launch/benchmark_125m.yaml {model} --run_dir {RUNS}"
-    benchmark += ' --benchmark.estimators \'["none","lai","ghost","ghost/adam_state"]\''
+    benchmark += ' --benchmark.estimators \'["bare","none","lai","ghost","ghost/adam_state"]\''
     small = " --data.sequence_length 64 --benchmark.pairs 2 --benchmark.warmup 1"
     benchmark += small if cpu else " --deepspeed_config ds_configs/benchmark_bf16.json"
+    wide = f"{start} pipeline.benchmark --config launch/benchmark_125m.yaml --run_dir {RUNS}/8x2048"
+    wide += " --model.name_or_path launch/models/llama_125m.json --model.attn_implementation sdpa"
+    wide += " --data.sequence_length 2048 --deepspeed_config ds_configs/benchmark_batch8_bf16.json"
+    wide += ' --benchmark.estimators \'["bare","lai","ghost","ghost/adam_state"]\' --benchmark.pairs 10'
+    large = f"--config launch/benchmark_125m.yaml --run_dir {LARGE} --model.name_or_path launch/models/llama_1b.json"
+    large += " --model.activation_checkpointing true --data.sequence_length 8192 --benchmark.pairs 3"
+    large += " --benchmark.ranks 1 --deepspeed_config ds_configs/benchmark_zero3_bf16.json"
+    fp16 = f"{start} pipeline.train {lai} {model} --run_dir {RUNS}/fp16 --max_steps 20"
+    fp16 += " --deepspeed_config ds_configs/zero2_fp16.json"
+    accelerator = [
+        Stage("8x2048", 120, wide),
+        Stage("plan", 60, f"python -m pipeline.benchmark {large} --plan"),
+        Stage("memory", 120, f"{start} pipeline.benchmark {large}", memory_is_not_as_planned),
+        Stage("fp16", 60, fp16),
+    ]
     soak = f"{start} pipeline.train {lai} {model} --run_dir {SOAK} --max_steps {steps}"
     soak += f" --checkpoint.every_steps {half} --deepspeed_config ds_configs/{'zero1' if cpu else 'zero2_bf16'}.json"
     return [
-        Stage("device", 70, "python -m pytest -q tests/end_to_end/test_device.py"),
+        Stage("device", 100, "python -m pytest -q tests/kernels tests/end_to_end/test_device.py"),
         Stage("decisions", 200, decisions),
         Stage("benchmark", 120, benchmark),
+        *([] if cpu else accelerator),
         Stage("soak", 100, soak, memory_grew),
         Stage("resume", 90, f"{soak} --resume {SOAK}/checkpoints/step-{half}", lambda: went_elsewhere(half)),
     ]
@@ -78,6 +94,15 @@ def memory_grew() -> str:
     early, late = (np.median([point.value for point in part]) for part in (curve[fifth : 2 * fifth], curve[-fifth:]))
     # 50 MB: what the resident set of CPU ranks moves by anyway.
     return f"steps left {early:.3f} GB early and {late:.3f} GB late" if late > 1.01 * early + 0.05 else ""
+
+
+def memory_is_not_as_planned() -> str:
+    """The peaks of a plain and a scored step beside what was planned."""
+    planned, measured = (json.loads((LARGE / name).read_text()) for name in ("plan.json", "benchmark.json"))
+    pairs = [(planned["plain"], measured["plain"]), (planned["estimators"]["lai"], measured["estimators"]["lai"])]
+    peaks = [tuple(one["peak_memory_bytes"] / 1e9 for one in pair) for pair in pairs]
+    far = any(abs(found / expected - 1) > 0.1 for expected, found in peaks)
+    return "; ".join(f"planned {expected:.1f} GB, measured {found:.1f}" for expected, found in peaks) if far else ""
 
 
 def went_elsewhere(half: int) -> str:

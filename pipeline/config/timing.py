@@ -19,6 +19,7 @@ class Stopwatch:
         self._inside: list[str] = []
         self._seconds: dict[str, float] = defaultdict(float)
         self._events: list[tuple[str, torch.Event, torch.Event]] = []
+        self._free: list[torch.Event] = []
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
@@ -30,7 +31,7 @@ class Stopwatch:
                 yield
                 self._seconds[name] += time.perf_counter() - start
             else:
-                before, after = (torch.Event(self._device, enable_timing=True) for _ in range(2))
+                before, after = (self._event() for _ in range(2))
                 before.record()
                 yield
                 after.record()
@@ -38,11 +39,16 @@ class Stopwatch:
         finally:
             self._inside.pop()
 
+    def _event(self) -> torch.Event:
+        """Made once, since a step has hundreds."""
+        return self._free.pop() if self._free else torch.Event(self._device, enable_timing=True)
+
     def read(self) -> dict[str, float]:
         """Seconds per part since the last call. Every rank has to call it, or its events pile up."""
         for name, before, after in self._events:
             after.synchronize()
             self._seconds[name] += before.elapsed_time(after) / 1000
+            self._free += [before, after]
         seconds = dict(self._seconds)
         self._seconds.clear()
         self._events.clear()

@@ -14,7 +14,8 @@ class BenchmarkConfig:
     """Steps of each kind before those, left out."""
     estimators: list[str] | None = None
     """What is measured, against the same plain steps: `ESTIMATOR` or `ESTIMATOR/PRECONDITION`, as in
-    `lai,ghost/adam_state`; `ghost_exact` is ghost as others compute it. The first one's figures stand at the top of
+    `lai,ghost/adam_state`; `ghost_exact` is ghost as others compute it, `bare` a loop of DeepSpeed's and
+    torch's own parts, to see what our plain step costs. The first one's figures stand at the top of
     benchmark.json. Default: `influence.estimator` with `influence.precondition`."""
     peak_tflops: float | None = None
     """What the device can do at most in the precision of training, in 10^12 floating-point operations a second, for

@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -23,6 +24,7 @@ from pipeline.cost.config import BenchmarkRun
 from pipeline.cost.memory import PeakMemory, bytes_held
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import PHASES, Work
+from pipeline.data.batch import IGNORE, Batch
 from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.influence.scorer import AllReduce, Scorer
 from pipeline.influence.table import check_config, owns_accumulation, scorer_of
@@ -31,10 +33,9 @@ from pipeline.record.recorder import Recorder
 from pipeline.training.influence_engine import InfluenceEngine
 
 PLAIN = "plain"
-
-
 EXACT = "ghost_exact"
-
+BARE = "bare"
+"""The loop of someone who has nothing of ours."""
 
 _MEMORY_ROUNDS = 5
 
@@ -48,6 +49,8 @@ class Kind:
     samples: RandomTokens
     recorder: Recorder | None
     """Of scored steps, on rank 0."""
+    bare: deepspeed_engine.DeepSpeedEngine | None = None
+    """What `bare` steps take instead of `engine`."""
     seconds: list[float] = field(default_factory=list)
     cpu_seconds: list[float] = field(default_factory=list)
     peaks: list[float] = field(default_factory=list)
@@ -59,10 +62,21 @@ class Kind:
         engine, rank, world = self.engine, collectives.rank(), collectives.world_size()
         engine.step, engine.position = step - 1, position
         batches = self.samples.micro_batches(position, rank, world, engine.size, engine.micro_batches, launch.device())
+        if self.bare:
+            _bare_step(self.bare, batches)
+            return
         outcome = engine.train_step(batches)
         if self.recorder:
             with engine.timed("ledger, TensorBoard"):
                 self.recorder.step(outcome, engine.size * world, {}, {"step": 1.0})
+
+
+def _bare_step(ds_engine: deepspeed_engine.DeepSpeedEngine, batches: list[Batch]) -> None:
+    for batch in batches:
+        logits_BTV = ds_engine(input_ids=batch.input_ids_BT, use_cache=False).logits
+        loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), batch.labels_BT.flatten(), ignore_index=IGNORE)
+        ds_engine.backward(loss)
+        ds_engine.step()
 
 
 def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
@@ -94,13 +108,13 @@ def variants(config: BenchmarkRun) -> dict[str, BenchmarkRun]:
             what = "one forward of its reference model more" if estimator == "rho" else "what reading its counts takes"
             raise ValueError(f"benchmark.estimators: '{estimator}' costs {what}, which is not measured here")
         chosen: dict[str, Any] = {
-            "estimator": "ghost" if name == EXACT else estimator,
+            "estimator": {EXACT: "ghost", BARE: "none"}.get(name, estimator),
             "precondition": precondition or "none",
         }
         known = get_args(InfluenceConfig.__annotations__["precondition"])
         if chosen["precondition"] not in known:
             raise ValueError(f"benchmark.estimators: '{name}': no '{precondition}'; there are {', '.join(known)}")
-        base, policy = (plain, rule) if estimator == "none" else (influence, config.policy)
+        base, policy = (plain, rule) if chosen["estimator"] == "none" else (influence, config.policy)
         found[name] = replace(config, influence=replace(base, **chosen), policy=policy)
         try:
             check_config(found[name], settings)
@@ -221,9 +235,9 @@ def _prepare(
             scorer=make_scorer(name, own, model, device, timed, collectives.all_reduce_sum),
         )
         recorder = None
-        if name != PLAIN and collectives.rank() == 0:
+        if name not in (PLAIN, BARE) and collectives.rank() == 0:
             recorder = Recorder(replace(own, run_dir=str(records / name)), samples, 0, quiet=True)
-        kinds[name] = Kind(own, engine, samples, recorder)
+        kinds[name] = Kind(own, engine, samples, recorder, ds_engine if name == BARE else None)
     return ds_engine, kinds
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.timing import Stopwatch
 from pipeline.cost.config import BenchmarkConfig, BenchmarkRun
-from pipeline.cost.measure import PLAIN, make_scorer, refuse_too_long, variants
+from pipeline.cost.measure import BARE, PLAIN, make_scorer, refuse_too_long, variants
 from pipeline.cost.meta_step import META, Counted, MetaStep, count
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import PHASES
@@ -176,6 +176,8 @@ def plan(config: BenchmarkRun) -> dict[str, Any]:
     reckoned with.
     """
     configs, cluster = variants(config), cluster_of(config)
+    if BARE in configs:
+        raise ValueError(f"benchmark.estimators: '{BARE}' steps are measured, not planned; leave them out with --plan")
     influence = config.influence
     if influence.reference == "validation" or influence.scope == "step" or scores_apart(influence, config.policy):
         raise ValueError(

@@ -171,13 +171,15 @@ def test_a_sketch_passes_over_its_input_once():
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_several_estimators_beside_the_same_plain_steps(ranks, tiny_model, tmp_path, capsys, stage):
-    names = ["none", "lai", "lai/adam_state", "residual", "ghost", "ghost/adam_state", "ghost_exact"]
+    names = ["none", "bare", "lai", "lai/adam_state", "residual", "ghost", "ghost/adam_state", "ghost_exact"]
     config = bench(tmp_path, tiny_model("llama"), stage, benchmark__estimators=json.dumps(names), benchmark__pairs=1)
     found, _ = ranks(measure, config)
     rows = found["estimators"]
     assert list(rows) == names
     assert found["estimator"] == "none"
     assert rows["none"]["bytes_per_micro_batch"] == rows["none"]["scoring_gflop"] == 0
+    assert rows["bare"]["bytes_per_micro_batch"] < rows["bare"]["scoring_gflop"] == 0  # sends no losses
+    assert rows["bare"]["gflop"] == found["plain"]["gflop"]
     assert rows["lai/adam_state"]["bytes_per_micro_batch"] > rows["lai"]["bytes_per_micro_batch"] == 4 * 8 * 32
     assert rows["ghost"]["bytes_per_micro_batch"] >= 4 * 4 * 32
     assert rows["lai"]["held_bytes"] > rows["none"]["held_bytes"] == 0

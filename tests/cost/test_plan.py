@@ -352,6 +352,11 @@ def test_adam_states_reading_is_shared_out(tiny_model, tmp_path):
             "no 'adam'; there are none, adam_ema, adam_state",
             [{"benchmark__estimators": '["ghost/adam_state"]'}],
         ),
+        (
+            {"benchmark__estimators": '["bare", "lai"]'},
+            "'bare' steps are measured, not planned; leave them out",
+            [{"benchmark__estimators": '["lai"]'}],
+        ),
     ],
 )
 def test_what_cannot_be_counted_is_refused_and_each_remedy_is_counted(tiny_model, tmp_path, options, message, remedies):
