@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from pipeline.data.batch import Batch, Unit, next_token_labels
+from pipeline.data.batch import Batch, Unit, next_token_labels, to_device
 from pipeline.data.samples import Samples
 
 
@@ -17,7 +17,7 @@ class RandomTokens(Samples):
         rows = [np.random.default_rng([self._seed, p]).integers(self._vocabulary, size=self._length) for p in positions]
         ids_BT = torch.from_numpy(np.stack(rows))
         labels_BT = next_token_labels(ids_BT)
-        return Batch(ids_BT.to(device), labels_BT.to(device), self._units_at(positions))
+        return Batch(to_device(ids_BT, device), to_device(labels_BT, device), self._units_at(positions))
 
     def units(self, position: int, size: int) -> list[Unit]:
         return self._units_at(list(range(position, position + size)))

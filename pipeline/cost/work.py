@@ -54,7 +54,7 @@ class Work(TorchDispatchMode):
         phase = "backward" if _in_backward() else self._phase
         if phase == "backward":
             self._phase = "optimizer"  # until the next forward
-        if (formula := _FORMULAS.get(func.overloadpacket)) is not None:
+        if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             self.flops[phase] += formula(*args, **kwargs, out_val=result)
         elif not func.is_view and not name.startswith(("empty", "new_empty", "_local_scalar", "is_same_size")):
             self.elements[phase] += max(map(_numbers, (*args, *kwargs.values(), result)), default=0)
@@ -88,15 +88,20 @@ _COLLECTIVES = {
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query.shape, key.shape, value.shape)
+    return sdpa_flop_count(query.shape, *_for_each_head(query, key, value))
 
 
 def _attention_backward(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad_out.shape, query.shape, key.shape, value.shape)
+    return sdpa_backward_flop_count(grad_out.shape, query.shape, *_for_each_head(query, key, value))
 
 
-# torch knows the formulas of attention on accelerators only.
-_FORMULAS = dict(flop_registry) | {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
+def _for_each_head(query: Tensor, *keys: Tensor) -> list[tuple[int, ...]]:
+    """The shapes of keys and values that several heads share, as each head reads them: (B, heads, T, width)."""
+    return [(len(key), query.shape[1], *key.shape[2:]) for key in keys]
+
+
+# torch has no formulas of attention on the CPU, and up to 2.11 none where heads share keys.
+FORMULAS = dict(flop_registry)
+for _kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+    FORMULAS[getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}")] = _attention
+    FORMULAS[getattr(torch.ops.aten, f"_scaled_dot_product_{_kind}_backward")] = _attention_backward

@@ -70,21 +70,21 @@ class Batch:
         values_N = torch.zeros(self.input_ids_BT.numel())
         for unit, value in zip(self.units, values_U.tolist(), strict=True):
             values_N[slice(*unit.span)] = value
-        return values_N.to(self.input_ids_BT.device).view_as(self.input_ids_BT)
+        return to_device(values_N, self.input_ids_BT.device).view_as(self.input_ids_BT)
 
     def whole_rows(self, true_U: Tensor) -> Tensor:
         """True where it is true of all units of the same sequence. The device is not waited for."""
         rows_U = self._rows_U()
         if len(rows_U.unique()) == len(rows_U):  # a unit is a sequence
             return true_U
-        rows_U = rows_U.to(true_U.device)
+        rows_U = to_device(rows_U, true_U.device)
         false_B = torch.zeros(len(self.input_ids_BT), device=true_U.device).index_add_(0, rows_U, (~true_U).float())
         return false_B[rows_U] == 0
 
     def blank(self, units_U: Tensor) -> "Batch":
         """The batch with token 0 all over the sequences of these units: of the same shape, with nothing of theirs."""
         ids_BT = self.input_ids_BT.clone()
-        ids_BT[self._rows_U()[units_U].to(ids_BT.device)] = 0
+        ids_BT[to_device(self._rows_U()[units_U], ids_BT.device)] = 0
         return replace(self, input_ids_BT=ids_BT)
 
     def prefix(self, fraction: float) -> "Batch":
@@ -102,7 +102,7 @@ class Batch:
     @property
     def positions_U(self) -> Tensor:
         """Of each unit's sequence, in the order of samples."""
-        return torch.tensor([unit.position for unit in self.units], device=self.input_ids_BT.device)
+        return to_device(torch.tensor([unit.position for unit in self.units]), self.input_ids_BT.device)
 
     @property
     def row_positions(self) -> list[int]:
@@ -112,3 +112,8 @@ class Batch:
 
     def _rows_U(self) -> Tensor:
         return torch.tensor([unit.span[0] // self.input_ids_BT.shape[1] for unit in self.units])
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor there, copied while the CPU goes on; from memory that is not pinned, a copy would wait."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

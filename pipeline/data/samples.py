@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from pipeline.config.schema import SourceConfig
-from pipeline.data.batch import IGNORE, PADDING, Batch, Unit, next_token_labels
+from pipeline.data.batch import IGNORE, PADDING, Batch, Unit, next_token_labels, to_device
 from pipeline.data.mixture import MixtureOrder, Piece, sources_of
 from pipeline.data.order import Order
 from pipeline.data.prepared import load_report, load_split
@@ -62,7 +62,7 @@ class Samples:
         labels_BT = next_token_labels(ids_BT.where((documents_BT != PADDING) & ~left_out_BT, IGNORE))
         labels_BT = labels_BT.where(~left_out_BT, IGNORE)
         ids_BT = ids_BT.where(~left_out_BT, 0)
-        return Batch(ids_BT.to(device), labels_BT.to(device), self._units_of(rows, positions))
+        return Batch(to_device(ids_BT, device), to_device(labels_BT, device), self._units_of(rows, positions))
 
     def units(self, position: int, size: int) -> list[Unit]:
         """The units of those sequences, without their tokens."""

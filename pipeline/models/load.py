@@ -2,11 +2,11 @@
 
 import copy
 import json
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
@@ -139,14 +139,25 @@ def _settings(config: ModelConfig) -> PreTrainedConfig:
 
 
 def _from_scratch(config: ModelConfig, zero3: bool) -> PreTrainedModel:
-    """Random weights that are a function of the seed, not of the ZeRO stage.
+    """Random weights that are a function of the seed, not of the ZeRO stage, nor of the device.
 
-    Under ZeRO-3 transformers initialises every module once, when all are there; elsewhere torch has drawn weights for
-    each as it was made, before. Those draws are left out, so both begin at the same one.
+    Under ZeRO-3 transformers initialises every module once, when all are there, on the accelerator; elsewhere torch has
+    drawn weights for each as it was made, before. Those draws are left out, so both begin at the same one.
     """
-    with nullcontext() if zero3 else no_init_weights():
+    with DrawnOnCpu() if zero3 else no_init_weights():
         model = AutoModelForCausalLM.from_config(_settings(config), dtype=torch.float32, **_attention(config))
     if not zero3:
         model.initialize_weights()
         model.tie_weights()
     return model
+
+
+class DrawnOnCpu(TorchDispatchMode):
+    """Random numbers for tensors of any device come from the CPU's generator: other devices have sequences of their
+    own."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if {torch.Tag.inplace, torch.Tag.nondeterministic_seeded} <= set(func.tags):
+            filled, *options = args
+            return filled.copy_(func(torch.empty_like(filled, device="cpu"), *options, **(kwargs or {})))
+        return func(*args, **(kwargs or {}))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.schema import Config
-from pipeline.data.batch import IGNORE, PADDING, next_token_labels
+from pipeline.data.batch import IGNORE, PADDING, next_token_labels, to_device
 from pipeline.data.prepared import load_report, load_split
 from pipeline.engine import collectives, deepspeed_engine
 from pipeline.tasks.causal_lm import token_losses
@@ -50,8 +50,8 @@ def evaluate(
             subsets_T[:] = np.take(padded, changes_T)
         counted_BT = torch.from_numpy(documents_BT != PADDING) & bool(mine)
         labels_BT = next_token_labels(ids_BT.where(counted_BT, IGNORE))
-        subset_BT = torch.from_numpy(np.roll(subsets_BT, -1, axis=1)).to(device)
-        ids_BT, labels_BT = ids_BT.to(device), labels_BT.to(device)
+        subset_BT = to_device(torch.from_numpy(np.roll(subsets_BT, -1, axis=1)), device)
+        ids_BT, labels_BT = to_device(ids_BT, device), to_device(labels_BT, device)
         losses_BT, _ = token_losses(logits_of(ids_BT), labels_BT)
         labelled_BT = labels_BT != IGNORE
         pairs_N2 = torch.stack([losses_BT, labelled_BT.to(losses_BT.dtype)], dim=-1).flatten(0, 1).double()

@@ -1,6 +1,7 @@
 """What the benchmark counts, on tiny models: no timed assertion anywhere."""
 
 import json
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from pipeline.baselines.exact_ghost import ExactGhost, inner_products
 from pipeline.benchmark import run
 from pipeline.config.timing import Stopwatch
 from pipeline.cost import memory as memory_module
+from pipeline.cost import work as work_module
 from pipeline.cost.config import BenchmarkRun
 from pipeline.cost.measure import measure, variants
 from pipeline.cost.memory import PeakMemory, bytes_held
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.tables import print_tables
-from pipeline.cost.work import Work
+from pipeline.cost.work import FORMULAS, Work
 from pipeline.influence.micro_batch import MicroBatch
 from pipeline.influence.sketch import CountSketch
 from pipeline.tasks.causal_lm import token_losses
@@ -167,6 +169,27 @@ def test_a_sketch_passes_over_its_input_once():
         sketch(x_ND)
     assert work.elements == {"forward": 10 * 64 + 10 * 16}
     assert not work.flops
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_whose_heads_share_keys_counts_as_if_each_had_its_own(monkeypatch, backward):
+    """Catches torch's own formulas, up to 2.11: a model of grouped queries was an AssertionError on an accelerator."""
+
+    def as_in_2_11(*shapes: tuple[int, ...]) -> int:
+        assert len({shape[1] for shape in shapes}) == 1
+        return sum(prod(shape) for shape in shapes)
+
+    monkeypatch.setattr(work_module, "sdpa_flop_count", as_in_2_11)
+    monkeypatch.setattr(work_module, "sdpa_backward_flop_count", as_in_2_11)
+    query, output = torch.ones(2, 6, 5, 4), torch.ones(2, 6, 5, 4)
+    shared, repeated = torch.ones(2, 3, 7, 4), torch.ones(2, 6, 7, 4)
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    of_backward = torch.ops.aten._scaled_dot_product_efficient_attention_backward
+    counts = [
+        FORMULAS[of_backward](output, query, key, key, None) if backward else FORMULAS[attention](query, key, key, None)
+        for key in (shared, repeated)
+    ]
+    assert counts[0] == counts[1] > 0
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -1,5 +1,9 @@
 """The same figures on the accelerator as on the CPU; without an accelerator the CPU is compared with itself."""
 
+import warnings
+from collections import Counter
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +13,10 @@ from pipeline.config.timing import Stopwatch
 from pipeline.cost.memory import PeakMemory
 from pipeline.cost.random_tokens import RandomTokens
 from pipeline.cost.work import Work
-from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.micro_batch import MicroBatch, forward_logits
 from pipeline.influence.table import scorer_of
 from pipeline.kernels.available import usable
+from pipeline.models.load import DrawnOnCpu
 from tests.tiny_models import VOCABULARY, tiny
 
 CPU = torch.device("cpu")
@@ -65,14 +70,37 @@ def in_one_kernel(name: str, sketched: bool) -> bool:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="tells of CUDA's waits only")
 @pytest.mark.parametrize("name", ["lai", "lli", "residual", "ghost"])
 def test_scoring_never_waits_for_the_device(name):
-    """Catches a number that is read on the CPU between forward and scores."""
+    """Catches a number that is read on the CPU between forward and scores. The model itself waits, in its masks."""
     watching = Watching(name, DEVICE, True, torch.bfloat16)
     watching.scores()  # the first looks at how the model makes its logits
-    torch.cuda.set_sync_debug_mode("error")
+    assert waits(watching.scores) == waits(lambda: forward_logits(watching.model, watching.batch))
+
+
+def waits(work: Callable[[], object]) -> Counter[tuple[str, int]]:
+    """The lines that wait for the device, and how often each does."""
+    torch.cuda.set_sync_debug_mode("warn")
     try:
-        watching.scores()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            work()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    return Counter((one.filename, one.lineno) for one in caught if "synchronizing" in str(one.message))
+
+
+def test_random_weights_of_any_device_are_those_of_the_cpu():
+    """Catches ZeRO-3, which makes weights on the accelerator, beginning at other weights than ZeRO-1."""
+    drawn = []
+    for device in (CPU, DEVICE):
+        torch.manual_seed(3)
+        with DrawnOnCpu():
+            values = [torch.empty(3, 5, device=device).normal_(0, 0.02), torch.empty(4, device=device).uniform_(-1, 1)]
+        assert values[0].device.type == device.type
+        drawn.append(torch.cat([value.flatten().cpu() for value in values]))
+    torch.manual_seed(3)
+    plain = torch.cat([torch.empty(3, 5).normal_(0, 0.02).flatten(), torch.empty(4).uniform_(-1, 1)])
+    assert (drawn[0] == drawn[1]).all()
+    assert (drawn[0] == plain).all()
 
 
 def test_peak_memory_of_a_step_that_came_and_went():
