@@ -1,6 +1,6 @@
 """What a machine with an accelerator has to show, stage by stage; launch/gpu_check.sh installs and calls this.
 
-python launch/gpu_check.py          on one accelerator, with 125M parameters, in under 10 minutes
+python launch/gpu_check.py          on one accelerator, with 125M parameters, in about 10 minutes
 python launch/gpu_check.py --cpu    small, on two CPU ranks, in 3 minutes
 
 A stage that fails, or takes longer than it may, stops none of the others. runs/gpu_check/check.json says of each stage
@@ -78,7 +78,7 @@ def stages(cpu: bool) -> list[Stage]:
     soak += f" --checkpoint.every_steps {half} --deepspeed_config ds_configs/{'zero1' if cpu else 'zero2_bf16'}.json"
     return [
         Stage("device", 100, "python -m pytest -q tests/kernels tests/end_to_end/test_device.py"),
-        Stage("decisions", 200, decisions),
+        Stage("decisions", 300, decisions),
         Stage("benchmark", 120, benchmark),
         *([] if cpu else accelerator),
         Stage("soak", 100, soak, memory_grew),
