@@ -1,5 +1,6 @@
 """Runs against each other: grouped into arms that differ in nothing but the seed, compared seed by seed. Pure."""
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,29 +21,44 @@ _CONTROLS = ("influence.estimator", "influence.unit", "influence.scope", "influe
 _OWN = ("run_dir", "seed", "resume", "dry_run", "influence", "policy", "checkpoint", "observe", "fidelity", "benchmark")
 
 
+_WEIGHT = re.compile(r"data\.mixture\..*\.weight")
+
+
 def settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What makes an arm: all keys of `influence` and `policy` that the estimator uses, flat. `none` uses no other;
-    `loss`, `random` and `oracle` those of _CONTROLS.
+    """What makes an arm: the weights of a mixture, and all keys of `influence` and `policy` that the estimator uses,
+    flat. `none` uses no other; `loss`, `random` and `oracle` those of _CONTROLS.
 
     `config` is a run's config.yaml, parsed; keys that it lacks were added since and have their defaults.
     """
     defaults = {"influence": to_dict(InfluenceConfig()), "policy": to_dict(PolicyConfig())}
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"data.mixture": _weights(config.get("data", {}).get("mixture") or {})}
     for section, values in defaults.items():
         found |= flat(section, values | config.get(section, {}))
     if found["influence.estimator"] == BASELINE:
-        return {"influence.estimator": BASELINE}
+        return {key: found[key] for key in ("influence.estimator", "data.mixture")}
     if found["influence.estimator"] in ("loss", "random", "oracle"):
-        return {key: value for key, value in found.items() if key in _CONTROLS or key.startswith("policy.")}
+        shared = (*_CONTROLS, "data.mixture")
+        return {key: value for key, value in found.items() if key in shared or key.startswith("policy.")}
     return found
+
+
+def _weights(mixture: Mapping[str, Mapping[str, Any]]) -> str:
+    """In a few words, the largest first."""
+    weights = {name: source["weight"] for name, source in mixture.items() if source.get("weight") is not None}
+    if not weights:
+        return "by size"
+    if len(set(weights.values())) == 1:
+        return "alike"
+    total = sum(weights.values())
+    shares = sorted(((weight / total, name) for name, weight in weights.items()), reverse=True)
+    return " ".join(f"{name} {share:.4g}" for share, name in shares)
 
 
 def labels(arms: Sequence[dict[str, Any]]) -> list[str]:
     """A short name for each of the `settings`: the estimator, and what differs among them and is no default."""
     defaults = settings({})
-    scoring = [arm for arm in arms if len(arm) > 1]
-    keys = dict.fromkeys(key for arm in scoring for key in arm if key != "influence.estimator")
-    differing = [key for key in keys if _differs(key, scoring)]
+    keys = dict.fromkeys(key for arm in arms for key in arm if key != "influence.estimator")
+    differing = [key for key in keys if _differs(key, arms)]
     names = []
     for arm in arms:
         shown = [
@@ -63,6 +79,7 @@ def other_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
     """Keys in which the runs differ that make neither an arm nor a seed, with their values: such runs do not
     compare."""
     flats = [flat("", {key: value for key, value in config.items() if key not in _OWN}) for config in configs]
+    flats = [{key: value for key, value in one.items() if not _WEIGHT.fullmatch(key)} for one in flats]
     found = {}
     for key in sorted({key for one in flats for key in one}):
         values = list(dict.fromkeys(repr(one.get(key)) for one in flats))

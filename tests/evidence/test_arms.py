@@ -79,6 +79,19 @@ def test_arms_are_named_after_what_differs_and_is_no_default():
     ]  # fmt: skip
 
 
+def test_weights_of_a_mixture_make_an_arm():
+    """Catches plain training on two mixtures under one name, and such runs as ones that do not compare."""
+
+    def mixed(estimator, *weights):
+        sources = {name: {"files": name, "weight": weight} for name, weight in zip("ab", weights, strict=True)}
+        return {"influence": {"estimator": estimator}, "data": {"mixture": sources}}
+
+    configs = [mixed("none", None, None), mixed("none", 2, 2), mixed("none", 1, 3), mixed("lai", None, None)]
+    assert labels(*configs) == ["none", "none, mixture alike", "none, mixture b 0.75 a 0.25", "lai"]
+    assert labels(*configs[2:3]) == ["none"]
+    assert arms.other_differences(configs) == {}
+
+
 def test_plain_training_is_one_arm_whatever_its_policy_says():
     assert arms.settings({"influence": {"estimator": "none"}, "policy": {"rate": 0.3}}) == arms.settings(
         {"influence": {"estimator": "none", "sketch": "none"}}
@@ -96,7 +109,7 @@ def test_controls_are_not_named_after_what_they_do_not_use():
     assert labels({"influence": loss}, {"influence": loss | {"unit": "document"}}) == ["loss", "loss, unit document"]
 
 
-def test_what_makes_runs_incomparable_is_named():
+def test_what_makes_runs_incomparable_is_labels():
     one = {"seed": 0, "max_steps": 5, "data": {"a": 1}, "influence": {"estimator": "lai"}}
     other = {"seed": 1, "max_steps": 6, "data": {"a": 1}, "influence": {"estimator": "none"}}
     assert arms.other_differences([one, other]) == {"max_steps": ["5", "6"]}
