@@ -252,7 +252,7 @@ def test_scores_against_a_target_are_held_against_what_samples_do_to_its_loss(ad
     assert found["ghost", "adam_state", "ip_adam"] > 0.98
     assert found["shapley_adam_limit", "none", "shapley_adam"] > 0.99
     assert found["lookahead", "none", "shapley_adam"] > 0.8  # after three steps Adam's moments are mostly the target's
-    assert found["lai", "none", "ip"] < 0.9  # else any five numbers would do
+    assert found["lai", "none", "ip"] < 0.97  # else any five numbers would do
 
     # By hand: the gradient of the target's mean loss, with each sequence's own.
     model = load_model(config.model, config.seed).double()
