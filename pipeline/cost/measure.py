@@ -304,6 +304,7 @@ def _figures(kind: Kind) -> dict[str, Any]:
         "model_flops_utilization": needed / median / peak if peak else None,
         "gflop": {phase: kind.work.flops[phase] / 1e9 for phase in PHASES},
         "other_giga_elements": {phase: kind.work.elements[phase] / 1e9 for phase in PHASES},
+        "launches": {phase: kind.work.launches[phase] for phase in PHASES},
         "wire_bytes": dict(kind.work.wire),
         "seconds_by_part": {part: total / len(kind.seconds) for part, total in kind.parts.items()},
     }
@@ -326,6 +327,7 @@ def _compared(kind: Kind, plain: Kind) -> dict[str, Any]:
         "scoring_flop_ratio": flops / base,
         "scoring_other_giga_elements": (elements - base_elements) / 1e9,
         "scoring_other_ratio": elements / base_elements,
+        "scoring_launches": kind.work.launches.total() - plain.work.launches.total(),
     }
 
 

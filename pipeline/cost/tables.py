@@ -23,22 +23,24 @@ def print_tables(found: dict[str, Any]) -> None:
     times = _table(title, ("step s", "ratio", "quartiles", "CPU time ratio", "tokens/s"))
     costs = _table(
         "memory, operations (GFLOP; elements of other operators), scoring's bytes on the wire per micro-batch",
-        ("peak GB", "ratio", "GFLOP", "ratio", "other ratio", "MB"),
+        ("peak GB", "ratio", "GFLOP", "ratio", "other ratio", "launches", "MB"),
     )
     parts = _table("seconds a step by part of scoring (rank 0, mean), the longest first", ())
     parts.add_column("")
     for name, row in every.items():
         seconds, rate = f"{row['step_seconds_median']:.3f}", f"{row['tokens_per_second']:.0f}"
         memory, flops = f"{row['peak_memory_bytes'] / 1e9:.3f}", f"{sum(row['gflop'].values()):.1f}"
+        launches = f"{sum(row['launches'].values()):,}"
         if name == PLAIN:
             times.add_row(name, seconds, "", "", "", rate)
-            costs.add_row(name, memory, "", flops)
+            costs.add_row(name, memory, "", flops, "", "", launches)
         else:
             low, high = row["step_time_ratio_quartiles"]
             ratio, cpu = f"{row['step_time_ratio_median']:.3f}", f"{row['cpu_time_ratio_median']:.3f}"
             times.add_row(name, seconds, ratio, f"{low:.3f}-{high:.3f}", cpu, rate)
             ratios = [f"{row[key]:.3f}" for key in ("peak_memory_ratio", "scoring_flop_ratio", "scoring_other_ratio")]
-            costs.add_row(name, memory, ratios[0], flops, *ratios[1:], f"{row['bytes_per_micro_batch'] / 1e6:.2f}")
+            wire = f"{row['bytes_per_micro_batch'] / 1e6:.2f}"
+            costs.add_row(name, memory, ratios[0], flops, *ratios[1:], launches, wire)
         longest = sorted(row["seconds_by_part"].items(), key=lambda part: -part[1])
         parts.add_row(name, ", ".join(f"{part} {value:.3f}" for part, value in longest))
     console = Console()
@@ -58,22 +60,23 @@ def print_plan(found: dict[str, Any]) -> None:
     gigabytes = [f"{size / 1e9:,.3f}" for size in (*lasting.values(), found["buffer_bytes"])]
     sizes.add_row("", *map("".join, zip(gigabytes, (*places, ""), strict=True)))
     costs = _table("", ("kept", "peak", "ratio", "TFLOP", "ratio", "other ratio", "MB"))
-    times = _table("", ("products", "other", "update", "wire", "step", "ratio"))
+    times = _table("", ("products", "other", "update", "wire", "step", "ratio", "launches"))
     for name, row in {PLAIN: plain, **found["estimators"]}.items():
         memory = [f"{row[key] / 1e9:,.3f}" for key in ("activation_bytes", "peak_memory_bytes")]
-        flops = f"{sum(row['gflop'].values()) / 1e3:,.3f}"
+        flops, launches = f"{sum(row['gflop'].values()) / 1e3:,.3f}", f"{sum(row['launches'].values()):,}"
         seconds = row["seconds"] if name == PLAIN else row["scoring_seconds"]
         parts = [
             f"{seconds[key] * 1e3:,.3f}" if key in seconds else "" for key in ("products", "other", "update", "wire")
         ]
         if name == PLAIN:
             costs.add_row(name, *memory, "", flops)
-            times.add_row(name, *parts, f"{row['step_seconds'] * 1e3:,.3f}")
+            times.add_row(name, *parts, f"{row['step_seconds'] * 1e3:,.3f}", "", launches)
         else:
             ratios = [f"{row['peak_memory_ratio']:.3f}", flops, f"{row['scoring_flop_ratio']:.6f}"]
             wire = f"{row['bytes_per_micro_batch'] / 1e6:.2f}"
             costs.add_row(name, *memory, *ratios, f"{row['scoring_other_ratio']:.3f}", wire)
-            times.add_row(name, *parts, f"{sum(seconds.values()) * 1e3:,.3f}", f"{row['step_time_ratio']:.4f}")
+            added = f"{sum(seconds.values()) * 1e3:,.3f}"
+            times.add_row(name, *parts, added, f"{row['step_time_ratio']:.4f}", launches)
     console = Console(highlight=False)
     console.print(
         f"{setting['model']}: {setting['parameters'] / 1e6:,.1f} M parameters, {setting['ranks']} ranks x "
@@ -88,7 +91,11 @@ def print_plan(found: dict[str, Any]) -> None:
             "(other: elements of what is no matrix product); scoring's MB on the wire",
             costs,
         ),
-        ("predicted milliseconds a step: of plain steps, and what scoring adds", times),
+        (
+            "predicted milliseconds a step: of plain steps, and what scoring adds; operators that a\n"
+            "step launches without kernels of ours",
+            times,
+        ),
     ):
         console.print(f"\n{heading}", shown, sep="\n", end="")
     handed = ", ".join(f"{kind} {size / 1e9:,.3f} GB" for kind, size in plain["wire_bytes"].items())

@@ -16,8 +16,9 @@ class Work(TorchDispatchMode):
     """Counts what operators do inside the `with`, on this rank, in steps of `model`, by phase:
 
     `flops`: of matrix products, attention and convolutions, 2 for a multiply and add; `elements`: of all other
-    operators, the size of the largest argument or result (copies and random accesses count, views do not);
-    `wire`: bytes that this rank hands to each kind of collective, whatever its algorithm then sends.
+    operators, the size of the largest argument or result (copies and random accesses count, views do not); `launches`:
+    operators of both kinds, each a kernel or a few for the CPU to start; `wire`: bytes that this rank hands to each
+    kind of collective, whatever its algorithm then sends.
 
     `backward` is what autograd runs, recomputed forwards included, `optimizer` what follows it until the model's next
     forward, `forward` the rest. Scoring is the difference between a scored step and a plain one. Not seen: kernels
@@ -28,6 +29,7 @@ class Work(TorchDispatchMode):
         super().__init__()
         self._model, self._phase = model, "forward"
         self.flops, self.elements, self.wire = Counter[str](), Counter[str](), Counter[str]()
+        self.launches = Counter[str]()
 
     def __enter__(self) -> Self:
         self._hook = self._model.register_forward_pre_hook(self._begin_forward)
@@ -56,8 +58,11 @@ class Work(TorchDispatchMode):
             self._phase = "optimizer"  # until the next forward
         if (formula := FORMULAS.get(func.overloadpacket)) is not None:
             self.flops[phase] += formula(*args, **kwargs, out_val=result)
+            self.launches[phase] += 1
         elif not func.is_view and not name.startswith(("empty", "new_empty", "_local_scalar", "is_same_size")):
-            self.elements[phase] += max(map(_numbers, (*args, *kwargs.values(), result)), default=0)
+            size = max(map(_numbers, (*args, *kwargs.values(), result)), default=0)
+            self.elements[phase] += size
+            self.launches[phase] += size > 0
         return result
 
 
