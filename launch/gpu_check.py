@@ -2,6 +2,7 @@
 
 python launch/gpu_check.py          on one accelerator, with 125M parameters, in about 10 minutes
 python launch/gpu_check.py --cpu    small, on two CPU ranks, in 3 minutes
+python launch/gpu_check.py soak resume    these stages alone
 
 A stage that fails, or takes longer than it may, stops none of the others. runs/gpu_check/check.json says of each stage
 whether it passed, what was wrong, its seconds and its log. Exit code 1 where one failed, 2 without an accelerator.
@@ -46,7 +47,7 @@ class Stage(NamedTuple):
 
 def stages(cpu: bool) -> list[Stage]:
     """In their order: `resume` goes on from what `soak` wrote."""
-    steps = 30 if cpu else 150
+    steps = 30 if cpu else 300
     half = steps // 2
     start = f"deepspeed --num_accelerators {2 if cpu else 1} --module"
     model = f"--model.name_or_path launch/models/gpt_neo_{'tiny' if cpu else '125m'}.json"
@@ -81,7 +82,7 @@ def stages(cpu: bool) -> list[Stage]:
         Stage("decisions", 300, decisions),
         Stage("benchmark", 120, benchmark),
         *([] if cpu else accelerator),
-        Stage("soak", 100, soak, memory_grew),
+        Stage("soak", 120, soak, memory_grew),
         Stage("resume", 90, f"{soak} --resume {SOAK}/checkpoints/step-{half}", lambda: went_elsewhere(half)),
     ]
 
@@ -137,7 +138,12 @@ def finished(stage: Stage, log: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cpu", action="store_true", help="small, on two CPU ranks")
-    cpu = parser.parse_args().cpu
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="by name; all where none is named")
+    arguments = parser.parse_args()
+    cpu, named = arguments.cpu, arguments.stages
+    known = [stage.name for stage in stages(cpu)]
+    if unknown := sorted(set(named) - set(known)):
+        parser.error(f"no stage is called {', '.join(unknown)}; there are {', '.join(known)}")
     if not cpu and not torch.accelerator.is_available():
         print("gpu_check: torch sees no accelerator here; --cpu runs a small form of this on CPUs", file=sys.stderr)
         sys.exit(2)
@@ -147,6 +153,8 @@ def main() -> None:
     report: dict[str, Any] = {"versions": versions(), "stages": []}
     print(*(f"{name} {found}" for name, found in report["versions"].items()), sep="\n", flush=True)
     for stage in stages(cpu):
+        if named and stage.name not in named:
+            continue
         started, log = time.monotonic(), RUNS / f"{stage.name}.log"
         trouble = finished(stage, log)
         seconds = round(time.monotonic() - started, 1)

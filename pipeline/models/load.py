@@ -157,7 +157,8 @@ class DrawnOnCpu(TorchDispatchMode):
     own."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if {torch.Tag.inplace, torch.Tag.nondeterministic_seeded} <= set(func.tags):
+        # torch.Tag.inplace would say it in words, but torch 2.11 has no such tag.
+        if torch.Tag.nondeterministic_seeded in func.tags and func._schema.name.endswith("_"):
             filled, *options = args
             return filled.copy_(func(torch.empty_like(filled, device="cpu"), *options, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
