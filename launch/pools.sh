@@ -36,4 +36,4 @@ for arm in "${arms[@]}"; do
 done
 bash launch/arms.sh $config "$out" "${named[*]}" "${seeds[*]}" \
   --data.reference_files "$subsets/train/$target.jsonl" "${@:5}"
-python launch/pool_table.py "$target" "$out"/*/seed-*
+python launch/arms_table.py "$target" random "$out"/*/seed-*

@@ -97,10 +97,8 @@ class TensorBoard:
         """Kept and removed units of one optimizer step, and in total and by subset since the run began.
 
         With `histogram` also that of the scores, and a warning where a subset begins to stand out."""
-        self._count(rows)
+        of_step, gone = (sum(column) for column in zip(*self._count(rows).values(), strict=True))
         self._step = step
-        counts = ledger.counts_by_subset(rows, self._unit).values()
-        of_step, gone = (sum(column) for column in zip(*counts, strict=True))
         total, units = self._removed.total(), self._units.total()
         self.scalars(
             {
@@ -178,7 +176,8 @@ class TensorBoard:
             text = "\n".join(f"- {subset_rates.in_words(row)}" for row in rows)
             self._writer.add_text("influence/standing_out", text, step)
 
-    def _count(self, rows: pa.Table) -> None:
+    def _count(self, rows: pa.Table) -> dict[str, tuple[int, int]]:
+        """Add them to the sums; returns what was added, (units, removed) by subset."""
         counts = ledger.counts_by_subset(rows, self._unit)
         for subset in sorted(counts, key=lambda subset: -counts[subset][0]):
             if len(self._shown) < SHOWN_SUBSETS and subset != OTHER:
@@ -186,6 +185,7 @@ class TensorBoard:
         for subset, (units, removed) in counts.items():
             self._units[subset] += units
             self._removed[subset] += removed
+        return counts
 
 
 def _together(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:

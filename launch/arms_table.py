@@ -1,7 +1,9 @@
-"""Arms of `launch/pools.sh` beside `random`: bits per byte of the target and of other held-out text, by paired seeds,
-and what a step took. Arms of other lengths (`lookahead,max_steps=16`) stand beside the same `random`.
+"""Arms of `launch/pools.sh` and `launch/mixtures.sh` beside one of them: bits per byte of the target and of other
+held-out text, by paired seeds, and what a step took. Arms of other lengths (`lookahead,max_steps=16`) stand beside the
+same one.
 
-python launch/pool_table.py "PubMed Abstracts" OUT_DIR/ARM/seed-N ...
+python launch/arms_table.py TARGET BASE_ARM OUT_DIR/ARM/seed-N ...
+python launch/arms_table.py "PubMed Abstracts" random runs/pools/pubmed/*/seed-*
 """
 
 import json
@@ -15,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from pipeline.record import ledger
 
-target, *runs = sys.argv[1:]
+target, base, *runs = sys.argv[1:]
+unsaid = r",(influence\.(reference|reference_model|oracle_subsets)|policy\.rule|max_steps)=[^,]*"
 rows = []
 for run in map(Path, runs):
     if not (run / "summary.json").exists():
@@ -29,9 +32,8 @@ for run in map(Path, runs):
     board = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
     rows.append(
         {
-            "arm": re.sub(
-                r",(influence\.(reference|reference_model|oracle_subsets)|max_steps)=[^,]*", "", run.parent.name
-            ),
+            # runs/mixtures/uniform.yaml is `uniform`.
+            "arm": re.sub(r"none,config=.*?(\w+)\.yaml", r"\1", re.sub(unsaid, "", run.parent.name)),
             "steps": summary["steps"],
             "seed": run.name,
             "target": subsets[target]["bits_per_byte"],
@@ -41,13 +43,13 @@ for run in map(Path, runs):
         }
     )
 table = pd.DataFrame(rows).set_index(["arm", "steps", "seed"])
-longest = table.loc["random"].sort_index(level="steps", ascending=False).droplevel("steps")
-random = longest[~longest.index.duplicated()]
+longest = table.loc[base].sort_index(level="steps", ascending=False).droplevel("steps")
+paired = longest[~longest.index.duplicated()]
 for metric in ("target", "other"):
-    table[f"{metric} - random"] = table[metric] - random[metric].reindex(table.index, level="seed")
+    table[f"{metric} - {base}"] = table[metric] - paired[metric].reindex(table.index, level="seed")
 summed = table.groupby(["arm", "steps"]).agg(["mean", "std", "count"])
 shown = {name: summed[name]["mean"] for name in table.columns}
-shown |= {f"{name}, spread": summed[name]["std"] for name in ("target - random", "other - random")}
+shown |= {f"{name}, spread": summed[name]["std"] for name in (f"target - {base}", f"other - {base}")}
 print(
     table.round(3).to_string(),
     pd.DataFrame(shown).assign(seeds=summed["target"]["count"]).round(3).to_string(),
