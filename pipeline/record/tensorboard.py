@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.record import ledger, subset_rates
@@ -90,8 +91,12 @@ class TensorBoard:
         self._writer.add_text("hyperparameters", _code(config_yaml))
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag.translate(_FULL_WIDTH), value, step)
+        """All of them in one event: `add_scalar` makes one for each, which takes seven times as long."""
+        made = [Summary.Value(tag=tag.translate(_FULL_WIDTH), simple_value=value) for tag, value in values.items()]
+        writer = self._writer.file_writer
+        assert writer
+        if made:
+            writer.add_summary(Summary(value=made), step)
 
     def influence(self, rows: pa.Table, step: int, histogram: bool) -> None:
         """Kept and removed units of one optimizer step, and in total and by subset since the run began.
