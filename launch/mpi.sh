@@ -13,8 +13,9 @@ config=${2:?$usage}
 
 # Edit: where the venv is not at the project's root.
 export PATH="$PWD/.venv/bin:$PATH"
-# Edit: the network interface between the hosts (`ip -brief address`), for gloo. NCCL finds the fastest by itself.
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-eth0}
+# Edit: the network interface between the hosts (`ip -brief address`), for gloo, which takes what the host's name stands
+# for otherwise: in containers often the loopback. NCCL finds the fastest by itself.
+[ ! -e /sys/class/net/eth0 ] || export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-eth0}
 # Edit: threads a rank, for CPU ranks: a host's cores / its slots.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # Edit: whole minutes until a collective that a silent host does not answer ends the run.

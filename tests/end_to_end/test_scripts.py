@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.launcher import ROOT, environment
 
@@ -25,7 +27,9 @@ def ranks_environment(tmp_path: Path, **settings: str) -> list[str]:
 
 def test_mpi_leaves_nccl_alone_unless_told_and_hands_over_what_is_set(tmp_path):
     """Catches an interface that NCCL would not have chosen, and settings of the first host that stay there."""
-    always = ["DEEPSPEED_TIMEOUT", "GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "PATH"]
+    always = ["DEEPSPEED_TIMEOUT", "OMP_NUM_THREADS", "PATH"]
+    if Path("/sys/class/net/eth0").exists():
+        always.insert(1, "GLOO_SOCKET_IFNAME")
     assert ranks_environment(tmp_path) == always
     told = {"NCCL_IB_HCA": "mlx5", "HF_HOME": "/models", "LD_LIBRARY_PATH": "/cuda", "NCCLX": "", "OTHER": "1"}
     assert ranks_environment(tmp_path, **told) == sorted([*always, "NCCL_IB_HCA", "HF_HOME", "LD_LIBRARY_PATH"])
@@ -57,6 +61,22 @@ def test_the_check_of_a_machine_passes_in_its_small_form():
     assert process.returncode == 0, output
     assert [stage["stage"] for stage in report["stages"]] == ["device", "decisions", "benchmark", "soak", "resume"]
     assert {"torch", "deepspeed"} <= report["versions"].keys()
+
+
+@pytest.mark.slow
+def test_the_check_installs_offline_beside_what_python_has(tmp_path):
+    """Catches an install that asks an index, or for another torch than python3's: DIR is empty here."""
+    project, wheels = tmp_path / "project", tmp_path / "wheels"
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".*", "runs", "*.egg-info"))
+    wheels.mkdir()
+    command = ["bash", "launch/gpu_check.sh", "--offline", str(wheels)]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    bare = {"PATH": path, "HOME": str(tmp_path), "PIP_INDEX_URL": "http://127.0.0.1:1/", "PIP_RETRIES": "0"}
+    done = subprocess.run([*command, "--cpu", "nosuch"], cwd=project, env=bare, capture_output=True, text=True)
+    assert "no stage is called nosuch; there are device, decisions" in done.stderr
+    where = "import pipeline, torch; print(pipeline.__file__, torch.__file__)"
+    found = subprocess.run([".venv/bin/python", "-c", where], cwd=project, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(project / "pipeline" / "__init__.py"), torch.__file__]
 
 
 @pytest.mark.slow
