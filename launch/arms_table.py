@@ -2,11 +2,14 @@
 held-out text, by paired seeds, and what a step took. Arms of other lengths (`lookahead,max_steps=16`) stand beside the
 same one.
 
+The target `all` is all held-out text; beside it stands what of the kept was not planted.
+
 python launch/arms_table.py TARGET BASE_ARM OUT_DIR/ARM/seed-N ...
 python launch/arms_table.py "PubMed Abstracts" random runs/pools/pubmed/*/seed-*
 """
 
 import json
+import math
 import re
 import statistics
 import sys
@@ -25,10 +28,12 @@ for run in map(Path, runs):
         print(f"{run} is not done and left out")
         continue
     summary = json.loads((run / "summary.json").read_text())
-    subsets = summary["evaluation_after"]["subsets"]
-    others = [row for name, row in subsets.items() if name != target]
-    tokens = sum(row["tokens"] for row in others)
-    kept = ledger.read(run).to_pandas().query("kept")
+    figures = summary["evaluation_after"]
+    # Other than everything there is nothing: the column is empty.
+    others = [row for name, row in figures["subsets"].items() if target not in ("all", name)]
+    tokens = sum(row["tokens"] for row in others) or math.nan
+    kept = ledger.read(run).to_pandas().query("kept")["subset"]
+    wanted = ~kept.str.startswith("planted/") if target == "all" else kept == target
     board = EventAccumulator(str(run / "tensorboard"), {"scalars": 0}).Reload()
     rows.append(
         {
@@ -36,9 +41,9 @@ for run in map(Path, runs):
             "arm": re.sub(r"none,config=.*?(\w+)\.yaml", r"\1", re.sub(unsaid, "", run.parent.name)),
             "steps": summary["steps"],
             "seed": run.name,
-            "target": subsets[target]["bits_per_byte"],
+            "target": (figures if target == "all" else figures["subsets"])[target]["bits_per_byte"],
             "other": sum(row["bits_per_byte"] * row["tokens"] for row in others) / tokens,
-            "kept of target %": 100 * (kept["subset"] == target).mean(),
+            "kept of target %": 100 * wanted.mean(),
             "seconds a step": statistics.median(event.value for event in board.Scalars("time/step")),
         }
     )
