@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from pipeline.record import ledger
 
 target, base, *runs = sys.argv[1:]
-unsaid = r",(influence\.(reference|reference_model|oracle_subsets)|policy\.rule|max_steps)=[^,]*"
+unsaid = r",(influence\.(reference|reference_model|oracle_subsets|passes)|policy\.rule|max_steps)=[^,]*"
 rows = []
 for run in map(Path, runs):
     if not (run / "summary.json").exists():

@@ -2,7 +2,7 @@
 # Does moving the weights of sources pay? launch/mixture_pile.yaml under several arms, each at several seeds. Ends with a
 # table of each arm beside `natural`. See launch/arms.sh.
 #   bash launch/mixtures.sh "TARGET SUBSET" OUT_DIR "ARM ..." "SEED ..." [--section.key value ...]
-#   bash launch/mixtures.sh "PubMed Abstracts" runs/mixtures/pubmed "natural uniform static loss lai lookahead" "0 1 2"
+#   bash launch/mixtures.sh "PubMed Abstracts" runs/mixtures/pubmed "natural uniform static loss lai lookahead,influence.passes=score_first" "0 1 2"
 # ARM: `natural`, every source by its tokens; `uniform`, all alike; `static`, half of all for TARGET, the others alike;
 # or an estimator, whose influence on TARGET's documents among the third training file moves natural weights. Runs that
 # are done are left alone.
