@@ -48,7 +48,7 @@ class Recorder:
             step,
             rows,
             _largest_subsets(config),
-            held_out=config.data.eval_files is not None,
+            held_out=config.data.holds_out,
             audited=config.observe.audit_every_steps is not None,
             unit=config.influence.unit,
             mixed=samples.mixture is not None,
