@@ -12,10 +12,11 @@ from typing import Any
 from pipeline.config import cli
 from pipeline.config.cli import exit_on_refused_file, exit_on_user_error
 from pipeline.config.ownership import owned
-from pipeline.config.schema import Config
+from pipeline.config.schema import CheckpointConfig, Config
 from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.agreement import startup_identity
 from pipeline.engine.checkpoints import publish, refuse_foreign_run_dir
+from pipeline.engine.due import Due, held_out_losses
 from pipeline.engine.lost_contact import exit_on_lost_contact
 from pipeline.record.summary import print_summary
 from pipeline.training.dry_run import dry_run
@@ -60,7 +61,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
 
     if not checkpoint:
         hold_out()
-    stop, unhealthy = StopSignal(), 0
+    stop, due, unhealthy = StopSignal(), Due(config.checkpoint), 0
     while engine.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
         learning_rate = ds_engine.get_lr()[0]
         batches = run.samples.micro_batches(engine.position, rank, world, engine.size, engine.micro_batches, device)
@@ -83,14 +84,16 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
                 recorder.mixture(step, run.mixing.piece, run.mixing.sources)
         stop.agreed |= outcome.stop
         unhealthy = 0 if outcome.healthy else unhealthy + 1
-        if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
+        every = config.observe.eval_every_steps
+        judged = step == end and config.checkpoint.best_of is not None
+        if (judged or (every and step % every == 0)) and not stop.agreed:
             hold_out()
         ending = step == end or stop.agreed or unhealthy == config.policy.stop_after_non_finite
-        if step % config.checkpoint.every_steps == 0 or ending:
+        if due(step, progress.evaluations) or ending:
             progress.influence = engine.state_dict() | ({"mixture": run.mixing.state_dict()} if run.mixing else {})
             checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
             deepspeed_engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
-            collectives.on_rank_0(partial(keep, run, step, checkpoint, config.checkpoint.keep))
+            collectives.on_rank_0(partial(keep, run, step, checkpoint, config.checkpoint))
 
     summary = None
     if engine.step == end:
@@ -110,16 +113,17 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     return summary
 
 
-def keep(run: Run, step: int, checkpoint: Path, most: int) -> None:
-    """Make the checkpoint of `step` and the rows up to it what a resume goes on from; remove all but `most`. On rank 0;
-    a large checkpoint takes minutes to remove.
+def keep(run: Run, step: int, checkpoint: Path, rules: CheckpointConfig) -> None:
+    """Make the checkpoint of `step` and the rows up to it what a resume goes on from; remove those that `rules` do not
+    keep. On rank 0; a large checkpoint takes minutes to remove.
 
     Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the other way round it
     would lose them.
     """
     assert run.recorder is not None
     run.recorder.commit(step)
-    publish(checkpoint, run.identity, most, run.settings)
+    losses = held_out_losses(run.progress.evaluations, rules.best_of)
+    publish(checkpoint, run.identity, rules.keep, run.settings, losses)
 
 
 def what_now(checkpoint: Path | None) -> str:

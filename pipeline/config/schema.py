@@ -368,11 +368,20 @@ class PolicyConfig:
 class CheckpointConfig:
     every_steps: int = 500
     """Optimizer steps between checkpoints; one is always written at the end."""
+    every_minutes: float | None = None
+    """Also when so many minutes have passed since the last one, by rank 0's clock, at the end of a step. Default: by
+    steps alone."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    best_of: str | None = None
+    """Also keep the best: of `all` held-out text, or of a subset of it. An evaluation (`observe.eval_every_steps`, and
+    at the end) with the lowest loss so far, which is also the fewest bits per byte, writes a checkpoint, whatever
+    `every_steps`. The best one stays beside the `keep` newest, so there are `keep` + 1 at most; `checkpoints/best`
+    names it. A resume goes on from the newest as ever, and RUN_DIR/model is the last model. Default: none."""
 
     def __post_init__(self) -> None:
-        at_least_one({f"checkpoint.{name}": number for name, number in vars(self).items()})
+        at_least_one({"checkpoint.every_steps": self.every_steps, "checkpoint.keep": self.keep})
+        positive({"checkpoint.every_minutes": self.every_minutes})
 
 
 @dataclass(frozen=True)
@@ -436,6 +445,11 @@ class Config:
         if self.observe.eval_every_steps and not self.data.holds_out:
             raise ValueError(
                 "observe.eval_every_steps needs data.eval_files or data.eval_fraction, and neither is set; set one, or "
+                "leave the other out"
+            )
+        if self.checkpoint.best_of and not self.observe.eval_every_steps:
+            raise ValueError(
+                "checkpoint.best_of needs observe.eval_every_steps, or there is nothing to choose from; set it, or "
                 "leave the other out"
             )
         if self.policy.rule == "mixture":

@@ -24,6 +24,7 @@ from pipeline.engine.checkpoints import (
     refuse_foreign,
     settings_of,
 )
+from pipeline.engine.due import ALL
 from pipeline.engine.json_check import check_deepspeed_json, notes
 from pipeline.engine.resume import changed_settings, refuse_earlier_end
 from pipeline.influence.ngram import Ngram
@@ -70,6 +71,7 @@ def begin(config: Config, end: int) -> Run:
     settings = read_deepspeed_config(config)
     check_deepspeed_json(config, settings)
     prepare_on_rank_0(config)
+    refuse_unknown_best(config)
     world = collectives.world_size()
     leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
     collectives.agree({"data.leave_out": str(leave_out)})
@@ -154,6 +156,19 @@ def begin(config: Config, end: int) -> Run:
 
     recorder = collectives.on_rank_0(open_records)
     return Run(samples, ds_engine, engine, progress, checkpoint, identity, written_under, recorder, mixing)
+
+
+def refuse_unknown_best(config: Config) -> None:
+    """Raises ValueError where `checkpoint.best_of` names no subset of the held-out text."""
+    best_of = config.checkpoint.best_of
+    if best_of in (None, ALL):
+        return
+    subsets = load_report(config.data.prepared_dir)["eval"]["subsets"]
+    if best_of not in subsets:
+        raise ValueError(
+            f"checkpoint.best_of: '{best_of}' is no subset of the held-out text; choose {ALL}, or one of "
+            f"{', '.join(sorted(subsets))}"
+        )
 
 
 def _first_of(samples: Samples, split: Split, config: Config) -> Iterator[Batch]:
