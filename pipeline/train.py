@@ -3,6 +3,11 @@
 deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstart.yaml [--influence.estimator lli ...]
 """
 
+if __name__ == "__main__":
+    from pipeline.config.launcher import first_words
+
+    first_words("pipeline.train")
+
 import signal
 from contextlib import ExitStack
 from functools import partial

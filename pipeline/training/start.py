@@ -38,6 +38,7 @@ from pipeline.record.starts import Start, keep_start
 from pipeline.training.influence_engine import InfluenceEngine
 from pipeline.training.mixing import Mixing
 from pipeline.training.model_check import check_before_training
+from pipeline.training.opening import opening
 from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import without_effect
 
@@ -142,6 +143,8 @@ def begin(config: Config, end: int) -> Run:
             mixing.load_state_dict(progress.influence["mixture"])
 
     def open_records() -> Recorder:
+        report = load_report(config.data.prepared_dir)["train"]
+        print(opening(config, settings, report, ds_engine.module, engine), flush=True)
         for what in [f"note: {each}" for each in said + planned] + [f"resume: {each}" for each in changed]:
             print(what, flush=True)
         if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
