@@ -19,13 +19,14 @@ from pipeline.engine import collectives, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import find_checkpoint
 from pipeline.models.load import load_model
+from pipeline.training.defaults import defaults
 from pipeline.training.evaluation import evaluate
 from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import check_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse("pipeline.evaluate", argv, Config, check_run)
+    config = parse("pipeline.evaluate", argv, Config, check_run, fill=defaults)
     with exit_on_user_error("pipeline.evaluate"):
         if not config.data.holds_out:
             raise ValueError(

@@ -1,12 +1,13 @@
 """Continue pre-training, and know at every step which samples help.
 
 deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstart.yaml [--influence.estimator lli ...]
+python -m pipeline.train --model.name_or_path MODEL --data.train_files FILES      what else it takes, it says
 """
 
 if __name__ == "__main__":
-    from pipeline.config.launcher import first_words
+    from pipeline.config.launcher import say
 
-    first_words("pipeline.train")
+    say("pipeline.train has started; importing PyTorch and DeepSpeed takes seconds")
 
 import signal
 from contextlib import ExitStack
@@ -24,6 +25,7 @@ from pipeline.engine.checkpoints import publish, refuse_foreign_run_dir
 from pipeline.engine.due import Due, held_out_losses
 from pipeline.engine.lost_contact import exit_on_lost_contact
 from pipeline.record.summary import print_summary
+from pipeline.training.defaults import defaults
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
@@ -153,7 +155,7 @@ class StopSignal:
 
 def parse(prog: str, argv: list[str] | None = None) -> Config:
     """The config of a run; what does not go together ends the process with a message."""
-    return cli.parse(prog, argv, Config, check_run)
+    return cli.parse(prog, argv, Config, check_run, fill=defaults)
 
 
 def main(argv: list[str] | None = None) -> None:

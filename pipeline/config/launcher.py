@@ -11,12 +11,11 @@ MPI_WORLDS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Where they put the number of ranks."""
 
 
-def first_words(prog: str) -> None:
-    """Say on standard error, on the first rank alone, that command `prog` has started: before it imports anything, for
-    that takes seconds."""
+def say(what: str) -> None:
+    """On standard error, on the first rank alone."""
     ranks = (os.environ.get(name) for name in ("RANK", *MPI_RANKS, "SLURM_PROCID"))
     if next((rank for rank in ranks if rank), "0") == "0":
-        print(f"{prog} has started; importing PyTorch and DeepSpeed takes seconds", file=sys.stderr, flush=True)
+        print(what, file=sys.stderr, flush=True)
 
 
 def check_environment() -> None:
