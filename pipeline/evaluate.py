@@ -19,16 +19,19 @@ from pipeline.engine import collectives, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import find_checkpoint
 from pipeline.models.load import load_model
+from pipeline.training.defaults import defaults
 from pipeline.training.evaluation import evaluate
 from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import check_run
 
 
 def main(argv: list[str] | None = None) -> None:
-    config = parse("pipeline.evaluate", argv, Config, check_run)
+    config = parse("pipeline.evaluate", argv, Config, check_run, fill=defaults)
     with exit_on_user_error("pipeline.evaluate"):
-        if config.data.eval_files is None:
-            raise ValueError("data.eval_files is not set, so there is nothing to evaluate on; set it")
+        if not config.data.holds_out:
+            raise ValueError(
+                "neither data.eval_files nor data.eval_fraction is set, so there is nothing to evaluate on; set one"
+            )
         device = launch.join_process_group()
         prepare_on_rank_0(config)
         checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))

@@ -13,6 +13,7 @@ from pipeline.config.schema import Config
 from pipeline.data.overlap import in_words
 from pipeline.data.prepared import load_report, prepare
 from pipeline.influence.table import check_config
+from pipeline.training.defaults import defaults
 
 # The command
 
@@ -39,7 +40,7 @@ def _table(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare `data.prepared_dir` and print what is in it. Exits with code 2 and a message on a user's error."""
-    config = parse("pipeline.prepare", argv, Config, check_config)
+    config = parse("pipeline.prepare", argv, Config, check_config, fill=defaults)
     with exit_on_user_error("pipeline.prepare"):
         prepare(config)
         print(_table(load_report(config.data.prepared_dir)))

@@ -1,7 +1,13 @@
 """Continue pre-training, and know at every step which samples help.
 
 deepspeed --num_accelerators 2 --module pipeline.train --config launch/quickstart.yaml [--influence.estimator lli ...]
+python -m pipeline.train --model.name_or_path MODEL --data.train_files FILES      what else it takes, it says
 """
+
+if __name__ == "__main__":
+    from pipeline.config.launcher import say
+
+    say("pipeline.train has started; importing PyTorch and DeepSpeed takes seconds")
 
 import signal
 from contextlib import ExitStack
@@ -12,12 +18,14 @@ from typing import Any
 from pipeline.config import cli
 from pipeline.config.cli import exit_on_refused_file, exit_on_user_error
 from pipeline.config.ownership import owned
-from pipeline.config.schema import Config
+from pipeline.config.schema import CheckpointConfig, Config
 from pipeline.engine import collectives, deepspeed_engine, launch
 from pipeline.engine.agreement import startup_identity
 from pipeline.engine.checkpoints import publish, refuse_foreign_run_dir
+from pipeline.engine.due import Due, held_out_losses
 from pipeline.engine.lost_contact import exit_on_lost_contact
 from pipeline.record.summary import print_summary
+from pipeline.training.defaults import defaults
 from pipeline.training.dry_run import dry_run
 from pipeline.training.evaluation import evaluate_engine
 from pipeline.training.export import finish
@@ -60,7 +68,7 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
 
     if not checkpoint:
         hold_out()
-    stop, unhealthy = StopSignal(), 0
+    stop, due, unhealthy = StopSignal(), Due(config.checkpoint), 0
     while engine.step < end and not stop.agreed and unhealthy < config.policy.stop_after_non_finite:
         learning_rate = ds_engine.get_lr()[0]
         batches = run.samples.micro_batches(engine.position, rank, world, engine.size, engine.micro_batches, device)
@@ -83,14 +91,16 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
                 recorder.mixture(step, run.mixing.piece, run.mixing.sources)
         stop.agreed |= outcome.stop
         unhealthy = 0 if outcome.healthy else unhealthy + 1
-        if config.observe.eval_every_steps and step % config.observe.eval_every_steps == 0 and not stop.agreed:
+        every = config.observe.eval_every_steps
+        judged = step == end and config.checkpoint.best_of is not None
+        if (judged or (every and step % every == 0)) and not stop.agreed:
             hold_out()
         ending = step == end or stop.agreed or unhealthy == config.policy.stop_after_non_finite
-        if step % config.checkpoint.every_steps == 0 or ending:
+        if due(step, progress.evaluations) or ending:
             progress.influence = engine.state_dict() | ({"mixture": run.mixing.state_dict()} if run.mixing else {})
             checkpoint = Path(config.run_dir, "checkpoints", f"step-{step}")
             deepspeed_engine.save_checkpoint(ds_engine, checkpoint, vars(progress))
-            collectives.on_rank_0(partial(keep, run, step, checkpoint, config.checkpoint.keep))
+            collectives.on_rank_0(partial(keep, run, step, checkpoint, config.checkpoint))
 
     summary = None
     if engine.step == end:
@@ -110,16 +120,17 @@ def _train(config: Config, until: int | None) -> dict[str, Any] | None:
     return summary
 
 
-def keep(run: Run, step: int, checkpoint: Path, most: int) -> None:
-    """Make the checkpoint of `step` and the rows up to it what a resume goes on from; remove all but `most`. On rank 0;
-    a large checkpoint takes minutes to remove.
+def keep(run: Run, step: int, checkpoint: Path, rules: CheckpointConfig) -> None:
+    """Make the checkpoint of `step` and the rows up to it what a resume goes on from; remove those that `rules` do not
+    keep. On rank 0; a large checkpoint takes minutes to remove.
 
     Rows first, the checkpoint's name last: a kill in between leaves rows that a resume discards; the other way round it
     would lose them.
     """
     assert run.recorder is not None
     run.recorder.commit(step)
-    publish(checkpoint, run.identity, most, run.settings)
+    losses = held_out_losses(run.progress.evaluations, rules.best_of)
+    publish(checkpoint, run.identity, rules.keep, run.settings, losses)
 
 
 def what_now(checkpoint: Path | None) -> str:
@@ -144,7 +155,7 @@ class StopSignal:
 
 def parse(prog: str, argv: list[str] | None = None) -> Config:
     """The config of a run; what does not go together ends the process with a message."""
-    return cli.parse(prog, argv, Config, check_run)
+    return cli.parse(prog, argv, Config, check_run, fill=defaults)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -13,6 +13,8 @@ import yaml
 from jsonargparse import set_parsing_settings
 
 from pipeline.config.deepspeed_json import read_deepspeed_config
+from pipeline.config.differences import flat
+from pipeline.config.launcher import say
 from pipeline.config.schema import Config
 from pipeline.config.writing import FULL, NotWritten
 
@@ -39,9 +41,10 @@ def parse(
     kind: type[C] = Config,  # type: ignore[assignment]
     rules: Rules | None = None,
     epilog: str = "",
+    fill: Callable[[Mapping[str, Any]], Mapping[str, str]] | None = None,
 ) -> C:
     """The config, of `kind`, of command `prog` from its arguments (default: the command line's); `epilog` ends its
-    --help.
+    --help. `fill`: from what is given, flat with dots, to values for keys that are not; each is said.
 
     Unknown keys, values that cannot work and what `rules` refuse end the process with a message and exit code 2. The
     `--local_rank` that DeepSpeed's launcher appends is accepted; the rank itself comes from the environment.
@@ -54,6 +57,9 @@ def parse(
     for key in _keys(arguments):
         if what := next((what for gone, what in GONE.items() if key == gone or key.startswith(f"{gone}.")), None):
             parser.error(f"{key} {what}")
+    for key, value in (fill(_given(arguments)) if fill else {}).items():
+        say(f"{prog}: {key} is not set: it is {value}")
+        arguments.append(f"--{key}={value}")
     namespace = parser.parse_args(arguments)
     try:
         sections = parser.instantiate(namespace)
@@ -80,6 +86,18 @@ def _keys(arguments: Sequence[str]) -> Iterator[str]:
     yield from (option.partition("=")[0].removeprefix("--") for option in arguments)
     for _, root in _files(arguments):
         yield from _names(root)
+
+
+def _given(arguments: Sequence[str]) -> dict[str, Any]:
+    """What the arguments and their config files say, by dotted keys; later ones win."""
+    given: dict[str, Any] = {}
+    for file, _ in _files(arguments):
+        given |= flat("", yaml.safe_load(file.read_text()))
+    for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        name, equals, value = option.partition("=")
+        if name.startswith("--"):
+            given[name.removeprefix("--")] = value if equals else following
+    return given
 
 
 def _twice(arguments: Sequence[str]) -> Iterator[tuple[Path, list[str]]]:

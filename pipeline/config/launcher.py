@@ -1,6 +1,7 @@
 """What the launcher told this process, known before there is a process group."""
 
 import os
+import sys
 
 MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 """Where mpirun's implementations put the rank; the rest DeepSpeed finds out through mpi4py."""
@@ -8,6 +9,13 @@ MPI_RANKS = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
 
 MPI_WORLDS = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 """Where they put the number of ranks."""
+
+
+def say(what: str) -> None:
+    """On standard error, on the first rank alone."""
+    ranks = (os.environ.get(name) for name in ("RANK", *MPI_RANKS, "SLURM_PROCID"))
+    if next((rank for rank in ranks if rank), "0") == "0":
+        print(what, file=sys.stderr, flush=True)
 
 
 def check_environment() -> None:

@@ -80,6 +80,10 @@ class DataConfig:
     each; weights and epochs can change without preparing anew, but not in a run. Default: none."""
     eval_files: str | list[str] | None = None
     """Held-out documents, in the same forms; `builtin` holds out a twentieth of its documents. Default: none."""
+    eval_fraction: float | None = None
+    """Hold out this fraction of the training documents instead, above 0 and below 1. A hash of its text decides on a
+    document, so copies of a text are all held out or all trained on, whatever the order of the files, the seed or the
+    mixture. All files are read for it, unless `max_eval_sequences` is found before. Default: none."""
     reference_files: str | list[str] | None = None
     """Documents whose loss counts with `influence.reference: validation`, in the same forms. Others than `eval_files`,
     or these no longer tell what was gained. Default: none."""
@@ -96,7 +100,8 @@ class DataConfig:
     """Stop preparing after this many training sequences (a hub corpus is streamed only so far); with `mixture`, of
     each source. Default: all."""
     max_eval_sequences: int | None = None
-    """The same for the held-out sequences, and for those of `reference_files`. Default: all."""
+    """The same for the held-out sequences, and for those of `reference_files`; with `eval_fraction` of a `mixture`, of
+    each source. Default: all."""
     max_bad_fraction: float = 0.001
     """Refuse the files when a larger fraction of their records is malformed, undecodable, empty or without text.
     Fewer are left out, counted, and reported with file and line. A file that is cut, was never fetched, or gives no
@@ -129,6 +134,13 @@ class DataConfig:
         at_least_one({f"data.{name}": getattr(self, name) for name in ("max_sequences", "max_eval_sequences")})
         fractions({"data.max_bad_fraction": self.max_bad_fraction, "data.planted_noise": self.planted_noise})
         not_negative({"data.seed": self.seed})
+        if self.eval_fraction is not None:
+            positive({"data.eval_fraction": self.eval_fraction})
+            decays({"data.eval_fraction": self.eval_fraction})
+            if self.eval_files is not None:
+                raise ValueError(
+                    "data.eval_files and data.eval_fraction both say what is held out: leave one of them out"
+                )
         if self.planted_foreign_files is not None and not self.planted_noise:
             raise ValueError("data.planted_foreign_files is for planted noise: set data.planted_noise, or leave it out")
         if self.reference_files == BUILTIN or BUILTIN in [*(self.reference_files or ())]:
@@ -158,6 +170,11 @@ class DataConfig:
             assert self.train_files is not None
             return {"train_files": self.train_files}
         return {f"mixture.{name}.files": source.files for name, source in sorted(self.mixture.items())}
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether there is held-out text to evaluate on."""
+        return self.eval_files is not None or self.eval_fraction is not None
 
     @property
     def raw_files(self) -> dict[str, str | list[str] | None]:
@@ -351,11 +368,20 @@ class PolicyConfig:
 class CheckpointConfig:
     every_steps: int = 500
     """Optimizer steps between checkpoints; one is always written at the end."""
+    every_minutes: float | None = None
+    """Also when so many minutes have passed since the last one, by rank 0's clock, at the end of a step. Default: by
+    steps alone."""
     keep: int = 2
     """How many of the newest checkpoints stay on disk."""
+    best_of: str | None = None
+    """Also keep the best: of `all` held-out text, or of a subset of it. An evaluation (`observe.eval_every_steps`, and
+    at the end) with the lowest loss so far, which is also the fewest bits per byte, writes a checkpoint, whatever
+    `every_steps`. The best one stays beside the `keep` newest, so there are `keep` + 1 at most; `checkpoints/best`
+    names it. A resume goes on from the newest as ever, and RUN_DIR/model is the last model. Default: none."""
 
     def __post_init__(self) -> None:
-        at_least_one({f"checkpoint.{name}": number for name, number in vars(self).items()})
+        at_least_one({"checkpoint.every_steps": self.every_steps, "checkpoint.keep": self.keep})
+        positive({"checkpoint.every_minutes": self.every_minutes})
 
 
 @dataclass(frozen=True)
@@ -416,9 +442,15 @@ class Config:
             raise ValueError(
                 "influence.reference 'validation' needs data.reference_files, which is not set; set it, or choose batch"
             )
-        if self.observe.eval_every_steps and self.data.eval_files is None:
+        if self.observe.eval_every_steps and not self.data.holds_out:
             raise ValueError(
-                "observe.eval_every_steps needs data.eval_files, which is not set; set it, or leave the other out"
+                "observe.eval_every_steps needs data.eval_files or data.eval_fraction, and neither is set; set one, or "
+                "leave the other out"
+            )
+        if self.checkpoint.best_of and not self.observe.eval_every_steps:
+            raise ValueError(
+                "checkpoint.best_of needs observe.eval_every_steps, or there is nothing to choose from; set it, or "
+                "leave the other out"
             )
         if self.policy.rule == "mixture":
             if self.data.mixture is None:

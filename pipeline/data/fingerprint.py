@@ -95,6 +95,7 @@ def fingerprint(
         **{key: getattr(data, key) for key in (
             "sequence_length", "text_field", "subset_field", "max_sequences", "max_eval_sequences"
         )},
+        **({"eval_fraction": data.eval_fraction} if data.eval_fraction is not None else {}),
         **planted,
         **frame_identity(tokenizer, data),
     }  # fmt: skip

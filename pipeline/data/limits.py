@@ -28,7 +28,7 @@ def check_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> No
                 f"at {vocabulary - 1}. Name the tokenizer that belongs to the model, or enlarge the model "
                 "(resize_token_embeddings, save_pretrained)"
             )
-    limit = next((number for name in POSITIONS if isinstance(number := getattr(text, name, None), int)), None)
+    limit = _positions(settings)
     length = config.data.sequence_length
     if limit is None or limit <= 0 or length <= limit:
         return
@@ -42,6 +42,20 @@ def check_model(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> No
         "for (its positions are computed, so it can run; it has never seen such distances)",
         flush=True,
     )
+
+
+def positions_of(name: str) -> int | None:
+    """The tokens that a model is made for; None where its config does not say so, or there is no such model."""
+    try:
+        return _positions(_settings(name))
+    except ValueError:
+        return None
+
+
+def _positions(settings: Any) -> int | None:
+    text = settings.get_text_config(decoder=True)
+    numbers = (getattr(text, name, None) for name in POSITIONS)
+    return next((number for number in numbers if isinstance(number, int)), None)
 
 
 def _settings(name: str) -> Any:

@@ -1,10 +1,10 @@
 """The same text in training and in what is held out: by file refused, by document counted."""
 
-import hashlib
 from typing import Any
 
 from pipeline.config.schema import BUILTIN, DataConfig
 from pipeline.data.corpus import resolve, same_source
+from pipeline.data.held_out import digest
 
 
 def refuse_shared_files(data: DataConfig) -> None:
@@ -45,12 +45,12 @@ class Texts:
     def see(self, split: str, text: str) -> None:
         if split == "train" and not self._held:
             return
-        digest = hashlib.blake2b(text.strip().encode(), digest_size=16).digest()
+        found = digest(text)
         for other, digests in self._held.items():
-            if other != split and digest in digests:
-                self._found.setdefault((other, split), set()).add(digest)
+            if other != split and found in digests:
+                self._found.setdefault((other, split), set()).add(found)
         if split != "train":
-            self._held.setdefault(split, set()).add(digest)
+            self._held.setdefault(split, set()).add(found)
 
     def add_to(self, report: dict[str, Any]) -> None:
         """Each held-out part of a report gets `overlap`: how many of its texts are in each split seen after it."""

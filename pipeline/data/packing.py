@@ -19,6 +19,7 @@ from pipeline.data.corpus import Problems, read_documents, resolve
 from pipeline.data.document import Document, Problem, Split
 from pipeline.data.fingerprint import preparation_seed
 from pipeline.data.frame import frame_of
+from pipeline.data.held_out import part_of
 from pipeline.data.overlap import Texts
 from pipeline.data.planted import Planter
 from pipeline.data.tokenizer import encode
@@ -49,7 +50,8 @@ def _write_split(
     data, frame = config.data, frame_of(tokenizer, config.data)
     most = data.max_sequences if split == "train" else data.max_eval_sequences
     key = f"{split}_files"
-    sources = data.train_sources if split == "train" else {key: data.raw_files[key] or []}
+    carved = split == "eval" and data.eval_fraction is not None
+    sources = data.train_sources if split == "train" or carved else {key: data.raw_files[key] or []}
     subsets: dict[str, Counter[str]] = {}
     planter = None
     if split == "train" and data.planted_noise:
@@ -104,15 +106,19 @@ def _write_split(
         sequences, ends, found = 0, [(0, Counter[str]())], list[Problems]()
         for key, files in sources.items():
             problems = Problems(data.max_bad_fraction, f"data.{key}")
-            documents = encoded(problems, problems.leave_out(read_documents(files, data, split)))
+            read = problems.leave_out(read_documents(files, data, "train" if carved else split))
+            documents = encoded(problems, part_of(split, read, data))
             for rows in _pack(documents, data.sequence_length, frame.padding, schema, document_id):
                 writer.write_batch(planter(rows) if planter else rows)
                 sequences += rows.num_rows
             problems.check(problems.limit)
-            if sequences == ends[-1][0]:
-                raise ValueError(f"data.{key}: no document in {files}")
+            if sequences == ends[-1][0] and not carved:
+                besides = "" if data.eval_fraction is None else " but what data.eval_fraction holds out"
+                raise ValueError(f"data.{key}: no document in {files}{besides}")
             ends.append((sequences, _totals(subsets)))
-            found.append(problems)
+            found += [] if carved else [problems]  # the training split reports them
+    if not sequences:
+        raise ValueError(f"data.eval_fraction {data.eval_fraction} holds out no document of so few; raise it")
     Dataset.from_file(str(directory / f"{split}.arrow")).save_to_disk(str(directory / split))
     (directory / f"{split}.arrow").unlink()
     _say_subsets(config, [source for files in sources.values() for source in resolve(files)], subsets)

@@ -56,7 +56,7 @@ def ensure_prepared(config: Config) -> None:
     new = _fingerprint_of_what_is_left(config, tokenizer, old, known)
     if config.data.reference_files is None:
         old.pop("reference_files", None)
-        if config.data.eval_files is None:
+        if not config.data.holds_out:
             old |= {key: new[key] for key in ("eval_files", "max_eval_sequences")}
     if differences := changes(old, new):
         raise ValueError(
@@ -145,7 +145,7 @@ def _prepare(config: Config, target: Path) -> None:
             tokenizer = train_tokenizer(config)
         tqdm.write(in_words(tokenizer, frame_of(tokenizer, config.data)), file=sys.stderr)
         parts, texts = {}, Texts()
-        if config.data.eval_files is not None:
+        if config.data.holds_out:
             parts["eval"] = _write_split(config, "eval", tokenizer, temporary, texts)
         if config.data.reference_files is not None:
             parts["reference"] = _write_split(config, "reference", tokenizer, temporary, texts)

@@ -16,6 +16,7 @@ from pipeline.config.schema import TRAIN_TOKENIZER, Config
 from pipeline.data.corpus import read_documents
 from pipeline.data.document import Document
 from pipeline.data.frame import Frame, frame_of
+from pipeline.data.held_out import part_of
 
 TOKENIZER_CHARACTERS = 8_000_000  # what a tokenizer is trained on
 
@@ -83,11 +84,12 @@ def train_tokenizer(config: Config) -> PreTrainedTokenizerBase:
         with tqdm(desc="training the tokenizer on", unit=" characters", unit_scale=True, mininterval=1.0) as bar:
             for files in config.data.train_sources.values():
                 room = TOKENIZER_CHARACTERS
-                for document in read_documents(files, config.data, "train"):
-                    if isinstance(document, Document):
-                        yield from _broken(document.text[:room])
-                        room -= len(document.text)
-                        bar.update(len(document.text))
+                found = read_documents(files, config.data, "train")
+                documents = (document for document in found if isinstance(document, Document))
+                for document in part_of("train", documents, config.data):
+                    yield from _broken(document.text[:room])
+                    room -= len(document.text)
+                    bar.update(len(document.text))
                     if room <= 0:
                         break
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from pipeline.config.schema import Config
 from pipeline.config.writing import NotWritten, not_written
 
 MANIFEST = "manifest.json"
+BEST = "best"
+"""File beside the checkpoints that names one of them."""
 
 
 @dataclass
@@ -111,9 +114,16 @@ def refuse_foreign(checkpoint: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def publish(checkpoint: Path, identity: dict[str, Any], keep: int, settings: dict[str, Any] | None = None) -> None:
+def publish(
+    checkpoint: Path,
+    identity: dict[str, Any],
+    keep: int,
+    settings: dict[str, Any] | None = None,
+    losses: Mapping[int, float] | None = None,
+) -> None:
     """Make `checkpoint`, of which every rank has written its part, the newest; keep `keep` and remove the others.
-    `settings`: DeepSpeed's, which a resume holds its own against.
+    `settings`: DeepSpeed's, which a resume holds its own against. `losses`: held-out ones by step, of which the
+    checkpoint with the lowest, the first of equals, is kept as well and named by `best`.
 
     The manifest says that it is whole, and `latest`, replaced by a rename, comes after it: killed at any moment, a run
     resumes from a whole checkpoint. Later ones than this belong to a future that an older resume gave up. Raises
@@ -127,9 +137,21 @@ def publish(checkpoint: Path, identity: dict[str, Any], keep: int, settings: dic
     except OSError as error:
         raise checkpoint_not_written(checkpoint, error) from error
     saved = _saved(checkpoint.parent)
-    kept = [path for path in saved if _step(path) <= _step(checkpoint)][-keep:]
+    so_far = [path for path in saved if _step(path) <= _step(checkpoint)]
+    kept = so_far[-keep:]
+    if judged := [path for path in so_far if _step(path) in (losses or {})]:
+        kept.append(min(judged, key=lambda path: (losses or {})[_step(path)]))
+        _write(checkpoint.parent / BEST, kept[-1].name)
+    else:
+        (checkpoint.parent / BEST).unlink(missing_ok=True)
     for old in set(saved) - set(kept):
         shutil.rmtree(old)
+
+
+def best_checkpoint(run_dir: str | Path) -> Path | None:
+    """The one with the lowest held-out loss, where the run keeps it."""
+    best = Path(run_dir, "checkpoints", BEST)
+    return best.with_name(best.read_text()) if best.is_file() else None
 
 
 def checkpoint_not_written(checkpoint: Path, error: Exception) -> NotWritten:

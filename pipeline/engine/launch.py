@@ -1,16 +1,14 @@
 """Meeting the other ranks, and this rank's device."""
 
-import logging
 import os
 import socket
-import warnings
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
 
 from pipeline.config import launcher
-from pipeline.engine import collectives, lost_contact
+from pipeline.engine import collectives, lost_contact, quiet
 
 
 def join_process_group() -> torch.device:
@@ -20,9 +18,6 @@ def join_process_group() -> torch.device:
     whole, or the world that came together is not what it says.
     """
     launcher.check_environment()
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed calls collectives by names that newer torch deprecates: nothing that a user could mend.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed.c10d_logger")
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
         if "MASTER_ADDR" not in os.environ:
             raise ValueError(
@@ -45,7 +40,8 @@ def join_process_group() -> torch.device:
     # Under mpirun DeepSpeed would put its own default in the place of MASTER_PORT.
     port = int(os.environ.get("MASTER_PORT", 29500))
     try:
-        deepspeed.init_distributed(verbose=False, distributed_port=port)
+        with quiet.silent_meeting():
+            deepspeed.init_distributed(verbose=False, distributed_port=port)
     except RuntimeError as error:
         if not ("EADDRINUSE" in str(error) or "address already in use" in str(error).lower()):
             raise
@@ -58,6 +54,8 @@ def join_process_group() -> torch.device:
             f"the environment says that there are {expected} ranks, and {collectives.world_size()} came together. "
             "Under mpirun, use the MPI that mpi4py was built with; else start with deepspeed or torchrun"
         )
+    if collectives.rank() > 0:
+        quiet.silence_bars()
     if get_accelerator().device_name() != "cpu":
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     lost_contact.introduce()  # with the device set: NCCL's collectives happen there

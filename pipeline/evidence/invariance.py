@@ -253,7 +253,7 @@ def run(config: Config, variant: Variant, steps: int, size: int, directory: Path
         resume="none",
         model=replace(config.model, activation_checkpointing=variant.checkpointing),
         data=replace(config.data, eval_files=None),
-        checkpoint=replace(config.checkpoint, every_steps=steps),
+        checkpoint=replace(config.checkpoint, every_steps=steps, best_of=None),
         observe=replace(config.observe, eval_every_steps=None),
     )
     path.with_suffix(".yaml").write_text(to_yaml(derived))

@@ -20,6 +20,7 @@ from pipeline.data.planted import PREFIX
 from pipeline.data.prepared import load_report
 from pipeline.data.samples import Samples
 from pipeline.record import ledger, mixture_log
+from pipeline.record.eta import Eta
 from pipeline.record.outcome import Decided, Outcome
 from pipeline.record.tensorboard import TensorBoard
 
@@ -48,7 +49,7 @@ class Recorder:
             step,
             rows,
             _largest_subsets(config),
-            held_out=config.data.eval_files is not None,
+            held_out=config.data.holds_out,
             audited=config.observe.audit_every_steps is not None,
             unit=config.influence.unit,
             mixed=samples.mixture is not None,
@@ -69,6 +70,7 @@ class Recorder:
             disable=quiet,
         )
         self._seconds: Counter[str] = Counter()
+        self._eta = Eta(step, config.max_steps)
 
     def step(
         self, outcome: Outcome, sequences: int, scalars: Mapping[str, float], seconds: Mapping[str, float]
@@ -111,6 +113,8 @@ class Recorder:
                 self._board.removed_texts(rows, self._text_of, step)
         self._bar.set_postfix(loss=f"{loss:.3f}", removed=self._board.removed, tok_s=f"{rate:.0f}", refresh=False)
         self._bar.update()
+        if told := self._eta.after(step):
+            tqdm.write(told)  # above the bar, on standard output
 
     def _rows(self, where: dict[str, int], size: int, part: Decided) -> pa.Table:
         """Ledger rows of the global micro-batch of `size` sequences at `where`: its step, micro_step and position."""

@@ -31,7 +31,8 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"scoring took {_percent(summary['scoring_fraction'] or 0, 1)} % of the time of a step\n"
         f"ledger:      {summary['run_dir']}/ledger/*.parquet (one row per scored unit)\n"
         f"model:       {summary['run_dir']}/model (Hugging Face format)\n"
-        f"TensorBoard: tensorboard --logdir {summary['run_dir']}/tensorboard",
+        + (f"best:        {summary['best_checkpoint']} (of all evaluated)\n" if summary["best_checkpoint"] else "")
+        + f"TensorBoard: tensorboard --logdir {summary['run_dir']}/tensorboard",
         highlight=False,
         soft_wrap=True,
     )

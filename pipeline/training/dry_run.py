@@ -32,7 +32,7 @@ def dry_run(config: Config, train: Callable[..., object]) -> None:
         config,
         run_dir=place,
         resume="none",
-        checkpoint=replace(config.checkpoint, every_steps=1),
+        checkpoint=replace(config.checkpoint, every_steps=1, best_of=None),
         observe=replace(config.observe, eval_every_steps=None),
     )
     with ExitStack() as ownership:
@@ -73,7 +73,8 @@ def _report(config: Config, place: Path, peaks: list[float], seconds: list[float
     checkpoint = find_checkpoint(replace(config, run_dir=str(place), resume="auto"))
     assert checkpoint is not None
     bytes_each = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file())
-    needed = bytes_each * (config.checkpoint.keep + 1)  # the newest is whole before the oldest goes
+    most = config.checkpoint.keep + 1 + (config.checkpoint.best_of is not None)
+    needed = bytes_each * most  # the newest is whole before the oldest goes
     free = shutil.disk_usage(place).free
     data = load_report(config.data.prepared_dir)["train"]
     table = Table(title="dry run: nothing was trained", title_justify="left", show_header=False)
@@ -82,7 +83,7 @@ def _report(config: Config, place: Path, peaks: list[float], seconds: list[float
         "data": f"{data['sequences']:,} sequences, {data['tokens']:,} tokens, {data['documents']:,} documents",
         "memory": f"{max(peaks):.2f} GB at most on a rank, {min(peaks):.2f} at least",
         "checkpoint": f"{bytes_each / 1e9:.3f} GB, written, checked and read",
-        "disk": f"{needed / 1e9:.3f} GB for {config.checkpoint.keep + 1} checkpoints; {free / 1e9:.1f} GB are free",
+        "disk": f"{needed / 1e9:.3f} GB for {most} checkpoints; {free / 1e9:.1f} GB are free",
         "time": f"{seconds[0]:.0f} s to start and take a step, {seconds[1]:.0f} s to resume and take one",
     }.items():
         table.add_row(name, value)

@@ -70,7 +70,7 @@ def evaluate(
 
 def evaluate_engine(ds_engine: deepspeed_engine.DeepSpeedEngine, config: Config) -> dict[str, Any] | None:
     """Held-out figures of the model in training, at any ZeRO stage; None where nothing is held out. Collective."""
-    if config.data.eval_files is None:
+    if not config.data.holds_out:
         return None
     ds_engine.eval()
     figures = evaluate(

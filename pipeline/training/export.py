@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pipeline.config.schema import Config
 from pipeline.engine import collectives, deepspeed_engine
-from pipeline.engine.checkpoints import Progress
+from pipeline.engine.checkpoints import Progress, best_checkpoint
 from pipeline.record import ledger, subset_rates
 from pipeline.record.recorder import Recorder
 from pipeline.training.influence_engine import InfluenceEngine
@@ -59,6 +59,7 @@ def _write(
         "units_by_subset": units,
         "standing_out": subset_rates.standing_out(units, independent=config.influence.unit != "token"),
         "scoring_fraction": recorder.close(),
+        "best_checkpoint": (best := best_checkpoint(run_dir)) and str(best),
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary

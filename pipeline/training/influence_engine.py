@@ -83,7 +83,7 @@ class InfluenceEngine:
         self._reference = reference if isinstance(reference, Samples | None) else Rows(reference, seed)
         self._shop = Workshop(ds_engine, self.scorer, influence, policy, seed, self.timed, norms_every_steps)
         self._take = self._pass()
-        self.size = self._shop.size
+        self.size, self.ranks, self.device = self._shop.size, self._shop.world, ds_engine.device
         self.micro_batches = self._shop.accumulation * (policy.pool or 1)
         """That a step reads on each rank."""
         self.step = 0

@@ -20,31 +20,29 @@ LARGEST = 500_000_000
 
 def check_before_training(config: Config, model: PreTrainedModel) -> None:
     """Refuse a model that is not causal, or whose true gradients `ghost` would not see (`influence.check_model`);
-    print which share of the trained parameters is scored, and whether dropout is active. Collective: rank 0 looks, all
-    ranks raise or none does."""
+    print whether dropout is active. Collective: rank 0 looks, all ranks raise or none does."""
     if said := collectives.on_rank_0(lambda: _look(config, model)):
         print(said, flush=True)
 
 
 def _look(config: Config, model: PreTrainedModel) -> str:
-    said = "\n".join(filter(None, (scored_share(config, model), noisy_forward(model))))
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
     looked_at = small_twin(config.model, model) if large else model
     refuse_seeing_ahead(looked_at)
     if config.influence.estimator == "ghost" and config.influence.check_model:
         check_model(looked_at)
-    return said
+    return noisy_forward(model)
 
 
 def scored_share(config: Config, model: PreTrainedModel) -> str:
-    """In a sentence; empty for what scores no weight."""
+    """Which share of the trained parameters is scored, in a sentence; empty for what scores no weight."""
     name = config.influence.estimator
     if name in CONTROLS:
         return ""
-    sizes = {n: _numbers(p) for n, p in model.named_parameters() if p.requires_grad}
+    sizes = {n: numbers_of(p) for n, p in model.named_parameters() if p.requires_grad}
     if name == "lli":
-        return f"influence: lli reads the LM head's input; the model trains {sum(sizes.values()):,} parameters"
+        return f"lli reads the LM head's input; the model trains {sum(sizes.values()):,} parameters"
     layers = layers_of(model)
     scored = layers.weights if name != "lai" else layers.linear_weights
     left = Counter[str]()
@@ -54,15 +52,16 @@ def scored_share(config: Config, model: PreTrainedModel) -> str:
     every = sum(sizes.values())
     parts = ", ".join(f"{rule} {size / every:.1%}" for rule, size in left.most_common())
     share = sum(sizes[parameter] for parameter in scored if parameter in sizes) / every
-    frozen = sum(_numbers(p) for p in model.parameters() if not p.requires_grad)
+    frozen = sum(numbers_of(p) for p in model.parameters() if not p.requires_grad)
     return (
-        f"influence: {name} scores {share:.1%} of {every:,} trained parameters"
+        f"{name} scores {share:.1%} of {every:,} trained parameters"
         + (f" ({frozen:,} are frozen)" if frozen else "")
         + (f"; left out: {parts}" if parts else "")
     )
 
 
-def _numbers(parameter: Any) -> int:
+def numbers_of(parameter: Any) -> int:
+    """How many a parameter has, whatever part of it is here."""
     numbers = 1
     for size in shape_of(parameter):
         numbers *= size

@@ -23,7 +23,7 @@ def without_effect(config: Config) -> list[str]:
     draws = influence.reference == "validation" and influence.estimator != "ngram"
     wants: dict[str, tuple[bool, str]] = {
         "data.reference_files": (influence.reference == "validation", "influence.reference validation"),
-        "data.max_eval_sequences": (bool(data.eval_files or data.reference_files), "data.eval_files"),
+        "data.max_eval_sequences": (data.holds_out or bool(data.reference_files), "data.eval_files"),
         "influence.running_decay": (influence.reference == "running", "influence.reference running"),
         "influence.validation_sequences": (draws, "influence.reference validation, and not estimator ngram"),
         "influence.validation_every_steps": (draws, "influence.reference validation, and not estimator ngram"),

@@ -24,6 +24,7 @@ from pipeline.engine.checkpoints import (
     refuse_foreign,
     settings_of,
 )
+from pipeline.engine.due import ALL
 from pipeline.engine.json_check import check_deepspeed_json, notes
 from pipeline.engine.resume import changed_settings, refuse_earlier_end
 from pipeline.influence.ngram import Ngram
@@ -37,6 +38,7 @@ from pipeline.record.starts import Start, keep_start
 from pipeline.training.influence_engine import InfluenceEngine
 from pipeline.training.mixing import Mixing
 from pipeline.training.model_check import check_before_training
+from pipeline.training.opening import opening
 from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import without_effect
 
@@ -70,6 +72,7 @@ def begin(config: Config, end: int) -> Run:
     settings = read_deepspeed_config(config)
     check_deepspeed_json(config, settings)
     prepare_on_rank_0(config)
+    refuse_unknown_best(config)
     world = collectives.world_size()
     leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
     collectives.agree({"data.leave_out": str(leave_out)})
@@ -140,6 +143,8 @@ def begin(config: Config, end: int) -> Run:
             mixing.load_state_dict(progress.influence["mixture"])
 
     def open_records() -> Recorder:
+        report = load_report(config.data.prepared_dir)["train"]
+        print(opening(config, settings, report, ds_engine.module, engine), flush=True)
         for what in [f"note: {each}" for each in said + planned] + [f"resume: {each}" for each in changed]:
             print(what, flush=True)
         if checkpoint is None or checkpoint.parent.resolve() != Path(config.run_dir, "checkpoints").resolve():
@@ -154,6 +159,19 @@ def begin(config: Config, end: int) -> Run:
 
     recorder = collectives.on_rank_0(open_records)
     return Run(samples, ds_engine, engine, progress, checkpoint, identity, written_under, recorder, mixing)
+
+
+def refuse_unknown_best(config: Config) -> None:
+    """Raises ValueError where `checkpoint.best_of` names no subset of the held-out text."""
+    best_of = config.checkpoint.best_of
+    if best_of in (None, ALL):
+        return
+    subsets = load_report(config.data.prepared_dir)["eval"]["subsets"]
+    if best_of not in subsets:
+        raise ValueError(
+            f"checkpoint.best_of: '{best_of}' is no subset of the held-out text; choose {ALL}, or one of "
+            f"{', '.join(sorted(subsets))}"
+        )
 
 
 def _first_of(samples: Samples, split: Split, config: Config) -> Iterator[Batch]:

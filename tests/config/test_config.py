@@ -245,9 +245,26 @@ REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
     ),
     (
         {"observe__eval_every_steps": 5},
-        "needs data.eval_files, which is not set; set it, or leave the other out",
-        [{"data__eval_files": "builtin"}, {"observe__eval_every_steps": None}],
+        "needs data.eval_files or data.eval_fraction, and neither is set; set one, or leave the other out",
+        [{"data__eval_files": "builtin"}, {"data__eval_fraction": 0.1}, {"observe__eval_every_steps": None}],
     ),
+    (
+        {"checkpoint__best_of": "all", "data__eval_files": "builtin"},
+        "checkpoint.best_of needs observe.eval_every_steps",
+        [{"observe__eval_every_steps": 5}, {"checkpoint__best_of": None}],
+    ),
+    (
+        {"checkpoint__every_minutes": 0},
+        "checkpoint.every_minutes must be more than 0, not 0",
+        [{"checkpoint__every_minutes": 0.5}],
+    ),
+    (
+        {"data__eval_files": "builtin", "data__eval_fraction": 0.1},
+        "data.eval_files and data.eval_fraction both say what is held out: leave one of them out",
+        [{"data__eval_files": None}, {"data__eval_fraction": None}],
+    ),
+    ({"data__eval_fraction": 0.0}, "data.eval_fraction must be more than 0", [{"data__eval_fraction": 0.001}]),
+    ({"data__eval_fraction": 1.0}, "data.eval_fraction must lie in [0, 1)", [{"data__eval_fraction": 0.999}]),
     (
         {"deepspeed_config": "nowhere.json"},
         "deepspeed_config: no file nowhere.json; ds_configs/ holds ready ones",

@@ -84,7 +84,8 @@ def test_the_command_without_held_out_files_is_refused(corpus, tiny_model, tmp_p
     with pytest.raises(SystemExit) as stopped:
         main(["--config", str(tmp_path / "c.yaml")])
     assert stopped.value.code == 2
-    assert "data.eval_files is not set, so there is nothing to evaluate on; set it" in capsys.readouterr().err
+    said = "neither data.eval_files nor data.eval_fraction is set, so there is nothing to evaluate on; set one"
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.slow
