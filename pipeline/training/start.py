@@ -9,6 +9,7 @@ import torch
 
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
+from pipeline.data import order
 from pipeline.data.batch import Batch
 from pipeline.data.document import Split
 from pipeline.data.leave_out import left_out
@@ -124,6 +125,7 @@ def begin(config: Config, end: int) -> Run:
     identity = {
         "seed": config.seed,
         "unit": config.influence.unit,
+        "order": order.KIND,
         "engine": deepspeed_engine.identity(ds_engine),
         "dataset": load_fingerprint(config.data.prepared_dir),
     } | ({"adapter": adapter_settings(config.model.peft)} if config.model.peft else {})

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import Config, SourceConfig
 from pipeline.data.mixture import PARTS, Deal, MixtureOrder, Source, plan, shares_of
+from pipeline.data.order import Order
 from pipeline.data.prepared import ensure_prepared, load_report, load_split, prepare
 from pipeline.data.samples import training_samples
 from pipeline.prepare import _table
@@ -46,9 +47,8 @@ def slowly(sources: list[Source], seed: int, positions: int) -> list[tuple[int, 
             owed[s] += Fraction(part, sum(parts))
         chosen = max(owed, key=lambda s: (owed[s], -s))
         owed[chosen] -= 1
-        epoch, place = divmod(read[chosen], sources[chosen].rows)
-        permutation = np.random.default_rng([seed, epoch]).permutation(sources[chosen].rows)
-        found.append((sources[chosen].first_row + int(permutation[place]), epoch))
+        epoch = read[chosen] // sources[chosen].rows
+        found.append((sources[chosen].first_row + Order(sources[chosen].rows, seed).row(read[chosen]), epoch))
         read[chosen] += 1
     return found
 
@@ -277,9 +277,8 @@ def test_an_order_whose_weights_move_is_what_a_slow_loop_gives_and_can_be_read_f
             owed = [owes + share for owes, share in zip(owed, shares, strict=True)]
             s = owed.index(max(owed))
             owed[s] -= PARTS
-            epoch, at = divmod(read[s], sources[s].rows)
-            permutation = np.random.default_rng([1, epoch]).permutation(sources[s].rows)
-            slow.append((sources[s].first_row + int(permutation[at]), epoch))
+            epoch = read[s] // sources[s].rows
+            slow.append((sources[s].first_row + Order(sources[s].rows, 1).row(read[s]), epoch))
             read[s] += 1
         position += size
         order.move(position, weights)
