@@ -1,3 +1,4 @@
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeline.engine.checkpoint_files import load_weights
-from pipeline.engine.checkpoints import damage_of, find_checkpoint, identity_of, publish
+from pipeline.engine.checkpoints import damage_of, find_checkpoint, identity_of, publish, refuse_foreign
 from pipeline.models.load import load_model
 from pipeline.record import ledger
 from pipeline.training.dry_run import _report
@@ -100,6 +101,19 @@ def test_a_directory_without_checkpoints_is_refused_and_what_is_asked_for_is_fou
     for resume in ("auto", f"{config.run_dir}/checkpoints/step-3", f"{config.run_dir}/checkpoints"):
         found = find_checkpoint(replace(config, resume=resume))
         assert found == Path(config.run_dir, "checkpoints", "step-3")
+
+
+def test_a_run_that_began_in_another_order_of_samples_is_refused(three_checkpoints, tmp_path):
+    """Catches one that reads some rows twice and others never: checkpoints of an earlier version name no order."""
+    config, _ = three_checkpoints
+    checkpoint = Path(shutil.copytree(Path(config.run_dir, "checkpoints", "step-3"), tmp_path / "step-3"))
+    identity = identity_of(checkpoint)
+    refuse_foreign(checkpoint, identity)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    del manifest["identity"]["order"]
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=r"it differs .*\n  order: .* -> 'feistel'"):
+        refuse_foreign(checkpoint, identity)
 
 
 def test_weights_of_another_model_are_refused_and_those_of_the_named_one_are_loaded(three_checkpoints, tiny_model):
