@@ -1,10 +1,13 @@
 """Prepare a dataset and say what is in it.
 
 python -m pipeline.prepare --config run.yaml
+python -m pipeline.prepare --config run.yaml --shard 3/16     a sixteenth of the training files, on a host of its own
+python -m pipeline.prepare --config run.yaml --merge 16       all of them together
 
 Training does so by itself where the directory is missing; what is in it: pipeline/data/prepared.py.
 """
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +15,7 @@ from pipeline.config.cli import exit_on_user_error, parse
 from pipeline.config.schema import Config
 from pipeline.data.overlap import in_words
 from pipeline.data.prepared import load_report, prepare
+from pipeline.data.shards import Shard, merge, prepare_shard
 from pipeline.influence.table import check_config
 from pipeline.training.defaults import defaults
 
@@ -40,9 +44,27 @@ def _table(report: dict[str, Any]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Prepare `data.prepared_dir` and print what is in it. Exits with code 2 and a message on a user's error."""
-    config = parse("pipeline.prepare", argv, Config, check_config, fill=defaults)
+    parts = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    which = parts.add_mutually_exclusive_group()
+    which.add_argument("--shard")
+    which.add_argument("--merge", type=int)
+    arguments, options = parts.parse_known_args(argv)
+    config = parse(
+        "pipeline.prepare",
+        options,
+        Config,
+        check_config,
+        epilog="--shard NUMBER/OF: only every OF-th training file, from the NUMBER-th on, into PREPARED_DIR.shards; "
+        "--merge OF: put these together into PREPARED_DIR, reading and writing nothing anew.",
+        fill=defaults,
+    )
     with exit_on_user_error("pipeline.prepare"):
-        prepare(config)
+        if arguments.shard is not None:
+            config = prepare_shard(config, Shard.parse(arguments.shard))
+        elif arguments.merge is not None:
+            merge(config, arguments.merge)
+        else:
+            prepare(config)
         print(_table(load_report(config.data.prepared_dir)))
 
 

@@ -7,6 +7,17 @@ from typing import Any, Literal
 Split = Literal["train", "eval", "reference"]
 
 
+SHARD = 2**40
+"""The training documents of a shard are numbered from this times its place on, from 0: ids are unique although no shard
+knows how many documents the others have."""
+
+
+def document_ids(part: Mapping[str, Any]) -> list[range]:
+    """The ids of the documents of a split, of which `part` is the report: of each shard, where there are any."""
+    counts = part.get("shards", [part["documents"]])
+    return [range(place * SHARD, place * SHARD + count) for place, count in enumerate(counts)]
+
+
 @dataclass(frozen=True)
 class Document:
     text: str

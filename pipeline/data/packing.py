@@ -43,10 +43,15 @@ SOURCES = pa.schema(
 
 
 def _write_split(
-    config: Config, split: Split, tokenizer: PreTrainedTokenizerBase, directory: Path, texts: Texts | None = None
+    config: Config,
+    split: Split,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    texts: Texts | None = None,
+    first_document: int = 0,
 ) -> dict[str, Any]:
     """Write the rows and the sources of a split under `directory`; returns its part of the report. `texts` is shown
-    every document."""
+    every document; documents of the training files are numbered from `first_document` on."""
     data, frame = config.data, frame_of(tokenizer, config.data)
     most = data.max_sequences if split == "train" else data.max_eval_sequences
     key = f"{split}_files"
@@ -58,7 +63,7 @@ def _write_split(
         foreign = None if data.planted_foreign_files is None else _foreign_tokens(config, tokenizer)
         planter = Planter(data.planted_noise, preparation_seed(config), len(tokenizer), foreign)
     (directory / "documents").mkdir(exist_ok=True)
-    document_id, batches = 0, count()
+    document_id, batches = first_document if split == "train" or carved else 0, count()
 
     def encoded(problems: Problems, documents: Iterable[Document]) -> Iterator[list[tuple[str, np.ndarray]]]:
         """Batches of (subset, tokens of a document), shuffled inside the batch, counted, their places written."""
@@ -89,7 +94,9 @@ def _write_split(
                 document_id += 1
             places.write_batch(pa.RecordBatch.from_pylist(rows, SOURCES))
             bar.update(len(taken))
-            bar.set_postfix_str(f"{sum(s['tokens'] for s in subsets.values()):,} tokens", refresh=False)
+            tokens = sum(s["tokens"] for s in subsets.values())
+            rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+            bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} a second", refresh=False)
             yield taken
             if room == 0:
                 return

@@ -9,18 +9,14 @@ prepared_dir/files.json          hashes of the files by path and time, so that t
 prepared_dir/report.json         what is in it, and what was wrong with the files
 """
 
-import glob
 import json
 import os
-import re
-import shutil
-import socket
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_from_disk
+from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -35,6 +31,7 @@ from pipeline.data.limits import check_model
 from pipeline.data.overlap import Texts, refuse_shared_files
 from pipeline.data.overlap import in_words as overlap_in_words
 from pipeline.data.packing import _write_split
+from pipeline.data.replacing import is_made_of, made_of, refuse_other_things, replaced
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -51,8 +48,8 @@ def ensure_prepared(config: Config) -> None:
         refuse_shared_files(config.data)
     tokenizer = load_tokenizer(config)
     check_model(config, tokenizer)
-    old = load_fingerprint(directory)
-    known = Known(_load_files(directory), old)
+    old = made_of(directory)
+    known = Known(load_files(directory), old)
     new = _fingerprint_of_what_is_left(config, tokenizer, old, known)
     if config.data.reference_files is None:
         old.pop("reference_files", None)
@@ -63,7 +60,7 @@ def ensure_prepared(config: Config) -> None:
             f"data.prepared_dir: {directory} was prepared from something else:\n{differences}\n"
             "Run `python -m pipeline.prepare --config ...` to replace it, or choose another data.prepared_dir."
         )
-    if known.files != _load_files(directory):  # moved or touched since, or prepared before there was this list
+    if known.files != load_files(directory):  # moved or touched since, or prepared before there was this list
         with suppress(OSError):
             _write_files(directory, known)
 
@@ -93,8 +90,9 @@ def _without_time(file: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in file.items() if key != "modified"}
 
 
-def prepare(config: Config) -> None:
-    """Make `data.prepared_dir`, or leave it where the same inputs made it, or replace it.
+def prepare(config: Config, first_document: int = 0) -> None:
+    """Make `data.prepared_dir`, or leave it where the same inputs made it, or replace it. `first_document`: where the
+    numbers of the training documents begin, in a shard.
 
     It appears by a rename at the very end: killed at any moment, it leaves no directory that looks whole. Raises
     ValueError on unusable files, too many problems in them, a tokenizer or model that does not fit, a directory that
@@ -103,53 +101,32 @@ def prepare(config: Config) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "true"  # before the first batch; launchers often set it to false
     target = Path(config.data.prepared_dir).resolve()
     with owned(target, "data.prepared_dir"):
-        _prepare(config, target)
+        _prepare(config, target, first_document)
 
 
-def _prepare(config: Config, target: Path) -> None:
-    exists = (target / "fingerprint.json").exists()
-    if not exists and target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(
-            f"data.prepared_dir: {target} exists and is no prepared dataset; remove it or choose another directory"
-        )
+def _prepare(config: Config, target: Path, first_document: int) -> None:
+    refuse_other_things(target)
     refuse_shared_files(config.data)
     tokenizer = load_tokenizer(config)
     check_model(config, tokenizer)
     for key, files in config.data.raw_files.items():
         if files:
             check_files(files, f"data.{key}")
-    old = load_fingerprint(target) if exists else None
-    known = Known(_load_files(target))
+    known = Known(load_files(target))
     new = fingerprint(config, tokenizer, known)
-    if old is not None:
-        differences = changes(old, new)
-        if not differences:
-            return print(f"{target} is already prepared from the same inputs")
-        if strangers := _strangers(target):
-            raise ValueError(
-                f"data.prepared_dir: {target} was prepared from something else, and replacing it would delete "
-                f"{', '.join(strangers[:5])}, which is not part of a prepared dataset. Move that away, or choose "
-                f"another directory. What differs:\n{differences}"
-            )
-        print(f"{target} was prepared from something else and will be replaced:\n{differences}")
-
-    # The host is part of the name: on a shared file system, another node's process ids say nothing here.
-    prefix = f"{target.name}.tmp-{socket.gethostname()}-"
-    for stale in target.parent.glob(f"{glob.escape(prefix)}*"):
-        if not _others_alive(stale.name.removeprefix(prefix).split(".")[0]):
-            shutil.rmtree(stale)
-    temporary = target.with_name(f"{prefix}{os.getpid()}")
-    temporary.mkdir(parents=True)
-    try:
+    if is_made_of(target, new):
+        return
+    with replaced(target) as temporary:
         if tokenizer is None:
             tokenizer = train_tokenizer(config)
         tqdm.write(in_words(tokenizer, frame_of(tokenizer, config.data)), file=sys.stderr)
         parts, texts = {}, Texts()
         if config.data.holds_out:
-            parts["eval"] = _write_split(config, "eval", tokenizer, temporary, texts)
+            parts["eval"] = _write_split(config, "eval", tokenizer, temporary, texts, first_document)
         if config.data.reference_files is not None:
             parts["reference"] = _write_split(config, "reference", tokenizer, temporary, texts)
-        report = {"train": _write_split(config, "train", tokenizer, temporary, texts), **parts}
+        train = _write_split(config, "train", tokenizer, temporary, texts, first_document)
+        report = {"train": train, **parts}
         texts.add_to(report)
         for line in overlap_in_words(report):
             tqdm.write(line, file=sys.stderr)
@@ -159,38 +136,14 @@ def _prepare(config: Config, target: Path) -> None:
                 "Wait until nobody writes there, and prepare again"
             )
         tokenizer.save_pretrained(str(temporary / "tokenizer"))
-        (temporary / "report.json").write_text(json.dumps(report, indent=2))
-        _write_files(temporary, known)
-        (temporary / "fingerprint.json").write_text(json.dumps(new, indent=2))
-        if target.exists():
-            target.rename(temporary.with_name(f"{temporary.name}.replaced"))
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_name(f"{temporary.name}.replaced"), ignore_errors=True)
+        write_descriptions(temporary, report, known, new)
 
 
-def _strangers(directory: Path) -> list[str]:
-    """What lies in a prepared dataset and is not of it."""
-    ours = re.compile(
-        r"(train|eval|reference)(/([\w-]+\.arrow|state\.json|dataset_info\.json))?|documents(/\w+\.parquet)?"
-        r"|tokenizer(/[^/]+\.(json|model|txt|jinja))?|(fingerprint|report|files)\.json"
-    )
-    names = (path.relative_to(directory).as_posix() for path in sorted(directory.rglob("*")))
-    return [name for name in names if not ours.fullmatch(name)]
-
-
-def _others_alive(pid: str) -> bool:
-    """Whether another process with this id runs on this host."""
-    if not pid.isdigit() or int(pid) == os.getpid():  # our own id: a container's processes get the same ones again
-        return False
-    try:
-        os.kill(int(pid), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def write_descriptions(directory: Path, report: dict[str, Any], known: Known, made_of: dict[str, Any]) -> None:
+    """report.json, files.json and fingerprint.json of a prepared dataset."""
+    (directory / "report.json").write_text(json.dumps(report, indent=2))
+    _write_files(directory, known)
+    (directory / "fingerprint.json").write_text(json.dumps(made_of, indent=2))
 
 
 def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
@@ -198,8 +151,8 @@ def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
 
     input_ids (int32): documents one after the other, each in its frame (eos behind it, by default); a document
         may go on in the next row.
-    document_ids (int64): of every token, counting up from 0 in the split; -1 is padding, at the end of the last row
-        (with `data.mixture`, of each source's last row).
+    document_ids (int64): of every token, counting up from 0 in the split, or in each shard of it (`shards`); -1 is
+        padding, at the end of the last row (of each source's with `data.mixture`, of each shard's).
     subset (strings): of each document of the row, in the order of their first tokens.
 
     With `data.planted_noise`, some training rows hold noise instead: see `Planter`.
@@ -209,9 +162,9 @@ def load_split(prepared_dir: str | Path, split: Split) -> Dataset:
     path = Path(prepared_dir) / split
     if not path.exists():
         raise ValueError(f"no {split} split in {prepared_dir}; set data.{split}_files and run `pipeline.prepare`")
-    dataset = load_from_disk(str(path), keep_in_memory=False)
-    assert isinstance(dataset, Dataset)
-    return dataset
+    shards = [file.parent for file in sorted(path.glob("*/state.json"))] or [path]
+    parts = [load_from_disk(str(shard), keep_in_memory=False) for shard in shards]
+    return concatenate_datasets(parts) if len(parts) > 1 else parts[0]
 
 
 def load_fingerprint(prepared_dir: str | Path) -> dict[str, Any]:
@@ -234,7 +187,8 @@ def _load_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text())
 
 
-def _load_files(directory: Path) -> dict[str, Any]:
+def load_files(directory: Path) -> dict[str, Any]:
+    """What `Known` knew of the files."""
     try:
         found = json.loads((directory / "files.json").read_text())
     except (OSError, ValueError):

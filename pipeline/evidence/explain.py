@@ -53,7 +53,11 @@ def explain_document(run_dir: Path, document: int) -> Explained:
     config = config_of_run(run_dir)
     sources = sources_of(config["data"]["prepared_dir"])
     if document not in sources.index:
-        raise ValueError(f"document {document} is not in {config['data']['prepared_dir']}: 0 to {len(sources) - 1} are")
+        least, largest = sources.index.min(), sources.index.max()
+        raise ValueError(
+            f"document {document} is not in {config['data']['prepared_dir']}: the least id there is {least}, the "
+            f"largest {largest}"
+        )
     rows = by_document(ledger.read(run_dir).to_pandas())
     own = rows[rows["document_id"] == document]
     source = sources.loc[document]

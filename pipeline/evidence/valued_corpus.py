@@ -45,7 +45,7 @@ class Keep:
 def sources_of(prepared_dir: str) -> pd.DataFrame:
     """Where every training document came from, by its id. Raises ValueError where that is not known."""
     path = Path(prepared_dir, "documents", "train.parquet")
-    if not path.is_file():
+    if not path.exists():  # a directory of such files where the dataset was put together from shards
         raise ValueError(f"{path} is missing: it says where documents came from; prepare the run's dataset again")
     return pq.read_table(path).to_pandas().set_index("document_id")
 

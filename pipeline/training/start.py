@@ -11,7 +11,7 @@ from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
 from pipeline.data import order
 from pipeline.data.batch import Batch
-from pipeline.data.document import Split
+from pipeline.data.document import Split, document_ids
 from pipeline.data.leave_out import left_out
 from pipeline.data.mixture import plan
 from pipeline.data.prepared import load_fingerprint, load_report, load_split
@@ -75,7 +75,7 @@ def begin(config: Config, end: int) -> Run:
     prepare_on_rank_0(config)
     refuse_unknown_best(config)
     world = collectives.world_size()
-    leave_out = left_out(config.data, load_report(config.data.prepared_dir)["train"]["documents"])
+    leave_out = left_out(config.data, document_ids(load_report(config.data.prepared_dir)["train"]))
     collectives.agree({"data.leave_out": str(leave_out)})
     said = notes(config, settings) + check_effect(config, settings, world) + without_effect(config)
     checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))

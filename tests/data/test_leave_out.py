@@ -6,6 +6,7 @@ import torch
 
 from pipeline.config.schema import DataConfig
 from pipeline.data.batch import IGNORE, PADDING
+from pipeline.data.document import SHARD, document_ids
 from pipeline.data.leave_out import left_out
 from pipeline.data.samples import Samples
 
@@ -45,12 +46,19 @@ def test_ids_come_from_a_list_or_a_file(tmp_path):
     file = tmp_path / "ids.txt"
     file.write_text("7, 3\n5 3\n")
     for leave_out in (str(file), [7, 5, 3]):
-        assert left_out(DataConfig("p", leave_out=leave_out), 8) == [3, 5, 7]
-    assert left_out(DataConfig("p"), 8) == []
+        assert left_out(DataConfig("p", leave_out=leave_out), [range(8)]) == [3, 5, 7]
+    assert left_out(DataConfig("p"), [range(8)]) == []
     with pytest.raises(ValueError, match="there is no training document 7; ids run from 0 to 6"):
-        left_out(DataConfig("p", leave_out=str(file)), 7)
+        left_out(DataConfig("p", leave_out=str(file)), [range(7)])
+    shards = document_ids({"documents": 9, "shards": [4, 5]})
+    assert left_out(DataConfig("p", leave_out=[3, SHARD + 4]), shards) == [3, SHARD + 4]
+    for beyond in (4, SHARD + 5):
+        with pytest.raises(
+            ValueError, match=rf"document {beyond}; ids run from 0 to 3, from {SHARD} to {SHARD + 4}, as"
+        ):
+            left_out(DataConfig("p", leave_out=[beyond]), shards)
     file.write_text("seven")
     with pytest.raises(ValueError, match="holds `seven`, which is no document id"):
-        left_out(DataConfig("p", leave_out=str(file)), 8)
+        left_out(DataConfig("p", leave_out=str(file)), [range(8)])
     with pytest.raises(ValueError, match="cannot be read"):
-        left_out(DataConfig("p", leave_out=str(tmp_path / "none")), 8)
+        left_out(DataConfig("p", leave_out=str(tmp_path / "none")), [range(8)])
