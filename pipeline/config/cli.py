@@ -99,7 +99,8 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
     """What the arguments and their config files say, by dotted keys; later ones win."""
     given: dict[str, Any] = {}
     for file, _ in _files(arguments):
-        given |= flat("", yaml.safe_load(file.read_text()))
+        with suppress(yaml.YAMLError):  # the parser's to refuse
+            given |= flat("", yaml.safe_load(file.read_text()))
     for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = option.partition("=")
         if name.startswith("--"):
