@@ -14,6 +14,7 @@ from jsonargparse import set_parsing_settings
 
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.differences import flat
+from pipeline.config.help import asked_for, help_on
 from pipeline.config.launcher import say
 from pipeline.config.schema import Config
 from pipeline.config.writing import FULL, NotWritten
@@ -52,6 +53,12 @@ def parse(
     parser = _parser(prog, kind, epilog)
     given = sys.argv[1:] if argv is None else argv
     arguments = [a for a in given if not a.startswith(("--local_rank", "--local-rank"))]
+    if (topic := asked_for(arguments)) is not None:
+        try:
+            print(help_on(parser, topic), end="")
+        except ValueError as error:
+            parser.error(str(error))
+        sys.exit(0)
     for file, keys in _twice(arguments):
         parser.error(f"{file} has {', '.join(keys)} twice, of which only the last would count; keep one of them")
     for key in _keys(arguments):
@@ -92,7 +99,8 @@ def _given(arguments: Sequence[str]) -> dict[str, Any]:
     """What the arguments and their config files say, by dotted keys; later ones win."""
     given: dict[str, Any] = {}
     for file, _ in _files(arguments):
-        given |= flat("", yaml.safe_load(file.read_text()))
+        with suppress(yaml.YAMLError):  # the parser's to refuse
+            given |= flat("", yaml.safe_load(file.read_text()))
     for option, following in zip(arguments, [*arguments[1:], ""], strict=True):
         name, equals, value = option.partition("=")
         if name.startswith("--"):

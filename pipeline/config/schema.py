@@ -407,7 +407,8 @@ class Config:
 
     run_dir: str
     """Where the run lives: config.yaml (one of every start, too), checkpoints/, ledger/, tensorboard/, model/,
-    summary.json, and mixture.jsonl where weights of sources move."""
+    summary.json, and mixture.jsonl where weights of sources move. pipeline.train, prepare and evaluate choose this,
+    `deepspeed_config` and `data.prepared_dir` themselves where a model is named and these are not, and say so."""
     deepspeed_config: str
     """DeepSpeed's own JSON: batch sizes, accumulation, precision, optimizer, scheduler (its total_num_steps may say
     "auto": max_steps), clipping, ZeRO."""

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -139,8 +140,9 @@ def publish(
     saved = _saved(checkpoint.parent)
     so_far = [path for path in saved if _step(path) <= _step(checkpoint)]
     kept = so_far[-keep:]
-    if judged := [path for path in so_far if _step(path) in (losses or {})]:
-        kept.append(min(judged, key=lambda path: (losses or {})[_step(path)]))
+    judged = {path: loss for path in so_far if (loss := (losses or {}).get(_step(path), math.inf)) < math.inf}
+    if judged:
+        kept.append(min(judged, key=lambda path: judged[path]))
         _write(checkpoint.parent / BEST, kept[-1].name)
     else:
         (checkpoint.parent / BEST).unlink(missing_ok=True)

@@ -34,9 +34,9 @@ def explain_step(run_dir: Path, step: int, by: str, rows: int) -> Explained:
     if part.empty:
         raise ValueError(f"step {step} is not in the ledger of {run_dir}, {_range(table)}")
     first = part.sort_values(by, ascending=by == "score", na_position="first").head(rows)
-    sources, texts = sources_of(config["data"]["prepared_dir"]), _Texts(config)
+    sources, texts = sources_of(config["data"]["prepared_dir"]), Texts(config["data"]["prepared_dir"])
     shown = first[["position", "subset", "tokens", "loss", "score", "reason"]].copy()
-    shown["source"] = [_source(sources, documents) for documents in first["document_ids"]]
+    shown["source"] = [source_of(sources, documents) for documents in first["document_ids"]]
     shown["text"] = [
         texts.of(sample, documents)[:_BEGINNING].replace("\n", " ")
         for sample, documents in zip(first["sample_id"], first["document_ids"], strict=True)
@@ -66,7 +66,7 @@ def explain_document(run_dir: Path, document: int) -> Explained:
         f"read it: {len(own)}, that trained on it: {int(own['kept'].sum())}"
     )
     shown = own[["step", "micro_step", "epoch", "position", "loss", "score", "weight", "reason"]]
-    texts = _Texts(config)
+    texts = Texts(config["data"]["prepared_dir"])
     parts = sorted(own["sample_id"].unique().tolist())
     text = "".join(
         _GAP * (index > 0 and sample != parts[index - 1] + 1) + texts.of(sample, [document])
@@ -75,11 +75,10 @@ def explain_document(run_dir: Path, document: int) -> Explained:
     return Explained(title, shown.reset_index(drop=True), text)
 
 
-class _Texts:
+class Texts:
     """Of units, out of the prepared rows."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        prepared = config["data"]["prepared_dir"]
+    def __init__(self, prepared: str) -> None:
         self._rows = load_split(prepared, "train").with_format("numpy")
         self._tokenizer = AutoTokenizer.from_pretrained(Path(prepared, "tokenizer"))
 
@@ -88,7 +87,8 @@ class _Texts:
         return str(self._tokenizer.decode(row["input_ids"][np.isin(row["document_ids"], document_ids)]))
 
 
-def _source(sources: pd.DataFrame, documents: Any) -> str:
+def source_of(sources: pd.DataFrame, documents: Any) -> str:
+    """File and line of the first of a unit's documents, and how many more there are."""
     first = sources.loc[int(documents[0])]
     more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
     return f"{first.file}:{first.line}{more}"

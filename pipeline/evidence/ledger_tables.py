@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.data.planted import PREFIX
+from pipeline.record.subset_rates import wilson
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -56,15 +57,17 @@ def score_bands(rows: pd.DataFrame, parts: int = 40) -> list[dict[str, Any]]:
 
 def removed_over_time(rows: pd.DataFrame, parts: int = 12, subsets: int = 6) -> list[dict[str, Any]]:
     """Removal rates of the `subsets` with most units, of all others together (OTHERS) and of planted noise (NOISE), in
-    each of at most `parts` stretches of the run: subset, step (its middle), units, removed, rate."""
+    each of at most `parts` stretches of the run: subset, step (its middle), first and last step, units, removed, rate,
+    low and high (its 95 % interval, None without units)."""
     names = rows["subset"].mask(rows["subset"].str.startswith(PREFIX), NOISE)
     largest = names[names != NOISE].value_counts().index[:subsets]
     names = names.where(names.isin([*largest, NOISE]), OTHERS)
     found = []
     for (subset, steps), part in rows.groupby([names, _stretches(rows["step"], parts)]):
         units, removed = int(part["units"].sum()), int(part["removed"].sum())
-        size = {"units": units, "removed": removed, "rate": removed / max(units, 1)}
-        found.append({"subset": subset, "step": float(np.mean(steps)), **size})
+        low, high = wilson(removed, units) if units else (None, None)
+        size = {"units": units, "removed": removed, "rate": removed / max(units, 1), "low": low, "high": high}
+        found.append({"subset": subset, "step": float(np.mean(steps)), "first": steps[0], "last": steps[1], **size})
     return found
 
 

@@ -55,8 +55,7 @@ def _shown_fidelity(rows: list[dict[str, Any]], config: dict[str, Any]) -> list[
 def evidence_of(run: Run) -> dict[str, Any]:
     """All tables of one run, as plain values: see evidence.py and removal.py. Raises ValueError without rows."""
     rows = run.rows
-    if rows.empty:
-        raise ValueError(f"{run.directory}: its ledger has no rows yet; they come with the first checkpoint")
+    refuse_empty(run)
     warmup = run.config["policy"]["warmup_steps"]
     ordered = ledger_tables.importance(rows)
     mean_ranks = rows.groupby("subset")["rank"].mean()
@@ -88,6 +87,12 @@ def evidence_of(run: Run) -> dict[str, Any]:
     }
 
 
+def refuse_empty(run: Run) -> None:
+    """Raises ValueError where a run has nothing to show yet."""
+    if run.rows.empty:
+        raise ValueError(f"{run.directory}: its ledger has no rows yet; they come with the first checkpoint")
+
+
 def report(runs: Sequence[Run]) -> dict[str, Any]:
     """warnings, arms (see `arms.compare`; of complete runs only) and runs (see `evidence_of`, with the arm's name).
 
@@ -95,7 +100,7 @@ def report(runs: Sequence[Run]) -> dict[str, Any]:
     """
     found = [run for run in runs if not run.rows.empty]
     if not found:
-        evidence_of(runs[0])
+        refuse_empty(runs[0])
     names = arms.labels([arms.settings(run.config) for run in runs])
     warnings = [
         f"{run.directory} is incomplete: {run.missing}; it is left out of the comparison" for run in runs if run.missing

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def _first_files(given: Mapping[str, Any]) -> str:
         return "mixture"
     files = given.get("data.train_files", BUILTIN)
     if isinstance(files, str) and files.startswith("["):
-        files = json.loads(files)
+        with suppress(ValueError):  # no list, but a glob that begins with a bracket
+            files = json.loads(files)
     return str(files[0] if isinstance(files, list) and files else files)
 
 

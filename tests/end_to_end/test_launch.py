@@ -107,7 +107,7 @@ def test_a_dry_run_rehearses_everything_and_keeps_nothing(corpus, tiny_model, tm
 
 @pytest.mark.slow
 def test_help_explains_every_key_and_unknown_ones_are_refused_by_name(corpus, tiny_model, tmp_path):
-    shown = command("pipeline.train", "--help")
+    shown = command("pipeline.train", "--help", "all")
     assert shown.returncode == 0
     assert "Config(run_dir" not in shown.stdout, "a class in the place of words"
     keys = to_dict(job(corpus, tmp_path, tiny_model("llama"), "help"))

@@ -1,6 +1,8 @@
 """When checkpoints are due, by steps, by a clock that a test moves, and by what is best."""
 
 import math
+import tempfile
+from pathlib import Path
 from typing import Any
 
 from hypothesis import given
@@ -8,6 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.schema import CheckpointConfig
 from pipeline.engine import collectives, due
+from pipeline.engine.checkpoints import best_checkpoint, publish
 from pipeline.engine.due import Due, held_out_losses
 
 
@@ -61,3 +64,23 @@ def test_the_loss_is_that_of_the_subset_which_is_named():
     assert held_out_losses(evaluations, "a") == {10: 1, 20: 4, 30: math.inf}
     assert held_out_losses(evaluations, "b") == {10: 5, 20: 2, 30: math.inf}
     assert held_out_losses(evaluations, None) == {}
+
+
+@given(st.lists(st.sampled_from([None, 1.0, 2.0, 3.0, math.inf]), min_size=1, max_size=7), st.integers(1, 3))
+def test_the_newest_and_the_best_stay_whatever_was_evaluated(losses, keep):
+    """Against a loop over checkpoints 1, 2, ... and the losses after them; None: not evaluated."""
+    known: dict[int, float] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        there: list[int] = []
+        for step, loss in enumerate(losses, 1):
+            checkpoint = Path(directory, "checkpoints", f"step-{step}")
+            checkpoint.mkdir(parents=True)
+            known |= {} if loss is None else {step: loss}
+            publish(checkpoint, {}, keep, losses=known)
+            there.append(step)
+            finite = [s for s in there if known.get(s, math.inf) < math.inf]
+            best = min(finite, key=lambda s: (known[s], s)) if finite else None
+            there = sorted({*there[-keep:], *([best] if best else [])})
+            assert sorted(int(path.name[5:]) for path in checkpoint.parent.glob("step-*")) == there
+            named = best_checkpoint(directory)
+            assert named == (checkpoint.with_name(f"step-{best}") if best else None)

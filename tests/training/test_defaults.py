@@ -71,6 +71,16 @@ def test_without_a_model_what_is_missing_is_refused_as_ever(capsys):
     assert "is not set: it is" not in told
 
 
+def test_a_file_that_is_no_config_is_refused_as_ever(tmp_path, capsys):
+    """Catches a trace of YAML's in the place of a message."""
+    for text in ("run_dir: !unknown x", "[1, 2]", "run_dir: ["):
+        (tmp_path / "c.yaml").write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            parse("pipeline.train", ["--config", str(tmp_path / "c.yaml"), "--model.name_or_path=m"])
+        assert stopped.value.code == 2
+        assert "error: " in capsys.readouterr().err
+
+
 def test_a_model_from_scratch_gets_a_tokenizer_of_its_own():
     assert defaults({"model.name_or_path": "launch/models/gpt_neo_tiny.json"})["model.tokenizer"] == "train"
     assert "model.tokenizer" not in defaults({"model.name_or_path": "x.json", "model.tokenizer": "t"})
@@ -84,6 +94,7 @@ def test_a_model_from_scratch_gets_a_tokenizer_of_its_own():
         ("m.json", "owner/name:config:split@abc", "m-name-config-split"),
         ("/a b/c d.gguf", '["x/y.txt", "z.txt"]', "c-d-y"),
         ("m", "**/*.parquet", "m-text"),
+        ("m", "[ab]_part.txt", "m-ab-_part"),
         ("m", None, "m-builtin"),
     ],
 )
