@@ -2,7 +2,7 @@
 
 import math
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,20 @@ def full_state_dict(engine: DeepSpeedEngine) -> dict[str, Tensor]:
         saved = engine.module.state_dict().keys()
         state |= {name: buffer.cpu() for name, buffer in engine.module.named_buffers() if name in saved}
     return state
+
+
+def monitor_of(engine: DeepSpeedEngine) -> Callable[[Mapping[str, float]], None] | None:
+    """What takes scalars, by name, to where `wandb`, `comet` and `csv_monitor` of the DeepSpeed JSON send DeepSpeed's
+    own figures, at the same place on their axis, the samples trained on; None where none is enabled, and on all ranks
+    but the first. `tensorboard` gets nothing: RUN_DIR/tensorboard has it already."""
+    every = engine.monitor
+    monitors = [one for one in (every.wandb_monitor, every.comet_monitor, every.csv_monitor) if one is not None]
+
+    def write(scalars: Mapping[str, float]) -> None:
+        for monitor in monitors:
+            monitor.write_events([(name, value, engine.global_samples) for name, value in scalars.items()])
+
+    return write if monitors else None
 
 
 def peak_memory() -> int:

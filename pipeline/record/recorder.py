@@ -3,7 +3,7 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,17 @@ class Recorder:
     """Takes down what happens in a run: ledger, TensorBoard, progress bar. Exists on rank 0 only.
 
     `step` is the optimizer step that the run goes on from, 0 for a new one; `quiet`: without the progress bar.
+    `monitor` is shown all scalars too.
     """
 
-    def __init__(self, config: Config, samples: Samples, step: int, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        samples: Samples,
+        step: int,
+        quiet: bool = False,
+        monitor: Callable[[Mapping[str, float]], None] | None = None,
+    ) -> None:
         run_dir = Path(config.run_dir)
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "config.yaml").write_text(to_yaml(config))
@@ -54,6 +62,7 @@ class Recorder:
             unit=config.influence.unit,
             mixed=samples.mixture is not None,
             moving=moving,
+            monitor=monitor,
         )
         self._mixture = mixture_log.MixtureLog(run_dir, step) if moving else None
         if not step:

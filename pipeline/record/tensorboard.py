@@ -57,7 +57,7 @@ class TensorBoard:
     Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged. `subsets`, the
     largest first: the first `SHOWN_SUBSETS` of them, then of the ledger's, have curves; the rest is `other`.
     `held_out`, `audited`, `mixed` (of sources), `moving` (their weights): whether there will be such figures. `unit`:
-    `influence.unit`, which is what is counted.
+    `influence.unit`, which is what is counted. `monitor` is shown all scalars, by their own tags.
     """
 
     def __init__(
@@ -71,8 +71,9 @@ class TensorBoard:
         unit: str = "sequence",
         mixed: bool = False,
         moving: bool = False,
+        monitor: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
-        self._unit = unit
+        self._unit, self._monitor = unit, monitor
         self._writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
         self._units: Counter[str] = Counter()
         self._removed: Counter[str] = Counter()
@@ -97,6 +98,8 @@ class TensorBoard:
         assert writer
         if made:
             writer.add_summary(Summary(value=made), step)
+        if self._monitor:
+            self._monitor(values)
 
     def influence(self, rows: pa.Table, step: int, histogram: bool) -> None:
         """Kept and removed units of one optimizer step, and in total and by subset since the run began.

@@ -154,7 +154,7 @@ def begin(config: Config, end: int) -> Run:
         where = (engine.step, engine.position, world, engine.size * world, engine.micro_batches)
         pool = config.policy.pool or 1
         keep_start(config, Start(*where, str(checkpoint or "") or None, changed, leave_out, pool, planned))
-        recorder = Recorder(config, samples, engine.step)
+        recorder = Recorder(config, samples, engine.step, monitor=deepspeed_engine.monitor_of(ds_engine))
         if mixing:
             recorder.mixture(engine.step, mixing.piece, mixing.sources)
         return recorder
