@@ -93,6 +93,15 @@ def checkpoint_adam(checkpoint: Path) -> dict[str, dict[str, Tensor]] | None:
         shutil.rmtree(converted.parent)
 
 
+def checkpoint_evaluations(checkpoint: Path) -> dict[int, dict[str, Any]]:
+    """Held-out figures of the run so far, by optimizer step (`Progress`).
+
+    DeepSpeed unpickles checkpoints in full: load only what you trust.
+    """
+    path = next(checkpoint.glob("*mp_rank_00_model_states.pt"))
+    return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["evaluations"]
+
+
 def checkpoint_learning_rate(checkpoint: Path) -> float:
     """The learning rate of the step that comes next: schedulers set it at the end of the step before.
 

@@ -12,8 +12,10 @@ from pipeline.config.schema import Config
 from pipeline.engine import collectives, deepspeed_engine
 from pipeline.engine.checkpoints import Progress, best_checkpoint
 from pipeline.record import ledger, subset_rates
+from pipeline.record.model_card import model_card
 from pipeline.record.recorder import Recorder
 from pipeline.training.influence_engine import InfluenceEngine
+from pipeline.training.opening import policy_in_words
 
 
 def finish(
@@ -37,9 +39,9 @@ def _write(
     weights: dict[str, Tensor],
 ) -> dict[str, Any]:
     assert recorder is not None
-    run_dir = Path(config.run_dir)
-    agree_with_tokenizer(ds_engine.module, AutoTokenizer.from_pretrained(Path(config.data.prepared_dir, "tokenizer")))
-    ds_engine.module.save_pretrained(run_dir / "model", state_dict=weights)
+    run_dir, rows = Path(config.run_dir), ledger.read(Path(config.run_dir))
+    card = model_card(config, rows, engine.step, progress.evaluations, policy_in_words(config))
+    save_model(ds_engine.module, config, run_dir / "model", card, weights)
     if config.model.peft:
         print(
             f"{run_dir / 'model'} holds the adapter alone. It goes with {config.model.name_or_path}: "
@@ -47,8 +49,7 @@ def _write(
             "and here --model.peft DIR goes on from it",
             flush=True,
         )
-    shutil.copytree(Path(config.data.prepared_dir, "tokenizer"), run_dir / "model", dirs_exist_ok=True)
-    units = ledger.counts_by_subset(ledger.read(run_dir), config.influence.unit)
+    units = ledger.counts_by_subset(rows, config.influence.unit)
     summary = {
         "run_dir": config.run_dir,
         "steps": engine.step,
@@ -63,6 +64,18 @@ def _write(
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
     return summary
+
+
+def save_model(
+    model: Any, config: Config, directory: Path, card: str, weights: dict[str, Tensor] | None = None
+) -> None:
+    """Write a Hugging Face directory: the model, with `weights` in place of its own where they are given, the run's
+    tokenizer, and `card`."""
+    tokenizer = Path(config.data.prepared_dir, "tokenizer")
+    agree_with_tokenizer(model, AutoTokenizer.from_pretrained(tokenizer))
+    model.save_pretrained(directory, state_dict=weights)
+    shutil.copytree(tokenizer, directory, dirs_exist_ok=True)
+    (directory / "README.md").write_text(card, encoding="utf-8")
 
 
 def agree_with_tokenizer(model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
