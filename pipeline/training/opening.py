@@ -117,7 +117,7 @@ def _run(config: Config, rows: int, engine: InfluenceEngine) -> str:
 
 def _output(config: Config) -> str:
     rules = config.checkpoint
-    minutes = f" or {rules.every_minutes:g} minutes" if rules.every_minutes else ""
+    minutes = f" or {rules.every_minutes:g} min" if rules.every_minutes else ""
     best = " and the best" if rules.best_of else ""
     return (
         f"{config.run_dir}: ledger, TensorBoard, a checkpoint every {_many(rules.every_steps, 'step')}{minutes} (the "

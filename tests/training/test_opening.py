@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pipeline.train import parse
-from pipeline.training.opening import _reference, policy_in_words
+from pipeline.training.opening import _output, _reference, policy_in_words
 from tests.runs import ADAM, deepspeed_json
 
 MIXTURE = '{"a": {"files": "a.txt"}, "b": {"files": "b.txt"}}'
@@ -95,3 +95,11 @@ def test_the_policy_in_a_sentence(tmp_path, overrides, words):
 )
 def test_what_scores_are_against_in_a_sentence(tmp_path, overrides, words):
     assert _reference(parsed(tmp_path, **overrides).influence) == words
+
+
+def test_where_things_go_and_what_stays(tmp_path):
+    said = _output(parsed(tmp_path))
+    assert said.startswith(f"{tmp_path / 'run'}: ledger, TensorBoard, a checkpoint every 500 steps (the newest 2 stay)")
+    more = {"checkpoint__every_steps": 1, "checkpoint__every_minutes": 30, "checkpoint__best_of": "all"}
+    more |= {"data__eval_fraction": 0.1, "observe__eval_every_steps": 5}
+    assert "a checkpoint every 1 step or 30 min (the newest 2 and the best stay)" in _output(parsed(tmp_path, **more))
