@@ -130,13 +130,13 @@ def test_prepared_directories(config, tmp_path):
 def test_documents_to_leave_out(tmp_path):
     file = tmp_path / "ids.txt"
     data = DataConfig("p", leave_out=str(file))
-    refused("cannot be read .*; give a text file of ids, or a list", left_out, data, 8)
+    refused("cannot be read .*; give a text file of ids, or a list", left_out, data, [range(8)])
     file.write_text("three")
-    refused(r"holds `three`, which is no document id \(0, 1, ...\)", left_out, data, 8)
+    refused(r"holds `three`, which is no document id \(0, 1, ...\)", left_out, data, [range(8)])
     file.write_text("8")
-    refused("there is no training document 8; ids run from 0 to 7", left_out, data, 8)
+    refused("there is no training document 8; ids run from 0 to 7", left_out, data, [range(8)])
     file.write_text("7")
-    assert left_out(data, 8) == left_out(DataConfig("p", leave_out=[7]), 8) == [7]
+    assert left_out(data, [range(8)]) == left_out(DataConfig("p", leave_out=[7]), [range(8)]) == [7]
 
 
 def test_tokenizers(config, tmp_path):

@@ -20,7 +20,7 @@ from pipeline.verify import main
 from tests.launcher import ROOT, environment
 from tests.runs import ADAM, config_of, deepspeed_json
 
-SEED = 3
+SEED = 4  # with which some of the first sequences hold two documents
 SEQUENCES, ACCUMULATION = 4, 2  # of a micro-batch; micro-batches of a step
 
 

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.schema import PolicyConfig
@@ -194,6 +194,7 @@ def test_equal_scores_at_a_temperature_are_a_fair_draw():
     broken=st.sets(st.integers(0, 5)),
     seed=st.integers(0, 1000),
 )
+@settings(deadline=None)
 def test_tokens_are_decided_as_units_of_their_own(counts, rate, broken, seed):
     """Against a loop. Catches a rank within each unit, tokens of broken units that count, and a weight of a unit that
     is not the share of its tokens that is kept."""
