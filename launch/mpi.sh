@@ -23,7 +23,7 @@ export DEEPSPEED_TIMEOUT=${DEEPSPEED_TIMEOUT:-10}
 
 # What all ranks find in their environment: mpirun hands over no variable that it is not told of.
 handed=()
-for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|DEEPSPEED_TIMEOUT|(GLOO|NCCL|HF)_.*)$'); do
+for name in $(compgen -e | grep -E '^(PATH|LD_LIBRARY_PATH|OMP_NUM_THREADS|DEEPSPEED_TIMEOUT|(GLOO|NCCL|HF|TORCH)_.*)$'); do
   handed+=(-x "$name")
 done
 

@@ -2,10 +2,12 @@
 
 import os
 import socket
+from pathlib import Path
 
 import deepspeed
 import torch
 from deepspeed.accelerator import get_accelerator
+from torch.utils import cpp_extension
 
 from pipeline.config import launcher
 from pipeline.engine import collectives, lost_contact, quiet
@@ -39,6 +41,11 @@ def join_process_group() -> torch.device:
     expected = launcher.expected_world()
     # Under mpirun DeepSpeed would put its own default in the place of MASTER_PORT.
     port = int(os.environ.get("MASTER_PORT", 29500))
+    for lock in locks_of_builds():
+        launcher.say(
+            f"{lock}: another process is building DeepSpeed's op, or was killed while it did. The run waits until the "
+            "file is gone; delete it if nothing is being built"
+        )
     try:
         with quiet.silent_meeting():
             deepspeed.init_distributed(verbose=False, distributed_port=port)
@@ -60,6 +67,13 @@ def join_process_group() -> torch.device:
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     lost_contact.introduce()  # with the device set: NCCL's collectives happen there
     return device()
+
+
+def locks_of_builds() -> list[Path]:
+    """The locks of PyTorch's extension builder. It waits for each other's without end or word, and that of a build
+    that was killed stays."""
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    return sorted([*root.glob("*/lock"), *root.glob("*/*/lock")])
 
 
 def device() -> torch.device:

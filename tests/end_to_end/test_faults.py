@@ -187,6 +187,7 @@ def test_denominators_are_right_with_uneven_drops_at_any_accumulation(
         tiny_model("gpt_neo"),
         deepspeed_json(tmp_path / "ds.json", stage, accumulation=accumulation),
         max_steps=2,
+        data__prepared_dir=tmp_path / "prepared",
         seed=4,  # with which some of these sequences hold two documents
         policy__rule="rate",
         policy__rate=0.35,

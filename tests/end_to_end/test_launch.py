@@ -34,7 +34,11 @@ def job(corpus: Path, tmp_path: Path, model: Path, name: str, **overrides: Any) 
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    output, _ = process.communicate(timeout=480)  # the first start on a host builds DeepSpeed's op
+    try:
+        output, _ = process.communicate(timeout=480)  # the first start on a host builds DeepSpeed's op
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise AssertionError(f"still there after 480 s:\n{process.communicate()[0]}") from None
     assert process.returncode == 0, output
     return output
 
@@ -45,7 +49,9 @@ def wait_for_step(config: Config, process: subprocess.Popen[str], step: int) -> 
     deadline = time.monotonic() + 240
     while not (latest.is_file() and int(latest.read_text().removeprefix("step-")) >= step):
         assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline
+        if time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise AssertionError(f"not at step {step} after 240 s:\n{process.communicate()[0]}")
         time.sleep(0.05)
 
 

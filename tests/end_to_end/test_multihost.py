@@ -36,6 +36,9 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hosts]:
             f"GLOO_SOCKET_IFNAME={INTERFACE}",
             "OMP_NUM_THREADS=1",
             f"DEEPSPEED_TIMEOUT={TIMEOUT_MINUTES}",
+            # Built by now: in the default place two hosts of one machine would wait for each other's lock, or for that
+            # of a build that was killed.
+            f"TORCH_EXTENSIONS_DIR={environment().get('TORCH_EXTENSIONS_DIR', '')}",
         ]
         (made.directory / ".deepspeed_env").write_text("\n".join(lines))
         yield made
