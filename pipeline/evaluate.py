@@ -1,4 +1,4 @@
-"""Held-out loss, perplexity and bits per byte, in total and per subset.
+"""Held-out loss, perplexity and bits per byte (of a classifier accuracy), in total and per subset.
 
 python -m pipeline.evaluate --config FILE.yaml                                    the config's model
 python -m pipeline.evaluate --config FILE.yaml --model.name_or_path DIR           any Hugging Face directory
@@ -14,13 +14,13 @@ from rich.table import Table
 from pipeline.config.cli import exit_on_user_error, parse
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config
-from pipeline.data.prepared import load_report, load_split
+from pipeline.data.prepared import load_answers
 from pipeline.engine import collectives, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import find_checkpoint
 from pipeline.models.load import load_model
 from pipeline.training.defaults import defaults
-from pipeline.training.evaluation import evaluate
+from pipeline.training.evaluation import held_out
 from pipeline.training.preparing import prepare_on_rank_0
 from pipeline.training.rules import check_run
 
@@ -35,17 +35,11 @@ def main(argv: list[str] | None = None) -> None:
         device = launch.join_process_group()
         prepare_on_rank_0(config)
         checkpoint = collectives.broadcast(collectives.on_rank_0(lambda: find_checkpoint(config)))
-        model = load_model(config.model, config.seed).eval()
+        model = load_model(config.model, config.seed, answers=load_answers(config.data.prepared_dir)).eval()
         if checkpoint:
             load_weights(model, checkpoint)
     model.to(device)
-    figures = evaluate(
-        lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits,
-        load_split(config.data.prepared_dir, "eval"),
-        load_report(config.data.prepared_dir)["eval"]["subsets"],
-        read_deepspeed_config(config)["train_micro_batch_size_per_gpu"],
-        device,
-    )
+    figures = held_out(model, config, read_deepspeed_config(config)["train_micro_batch_size_per_gpu"])
     if collectives.rank() == 0:
         name = str(checkpoint or config.model.name_or_path)
         print_figures(name, figures)
@@ -56,11 +50,12 @@ def main(argv: list[str] | None = None) -> None:
 def print_figures(title: str, figures: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("subset")
-    for column in ("tokens", "loss", "perplexity", "bits/byte"):
-        table.add_column(column, justify="right")
+    answered = "accuracy" in figures["all"]
+    columns = {"loss": 4, "accuracy": 4} if answered else {"loss": 4, "perplexity": 2, "bits_per_byte": 4}
+    for column in ("texts" if answered else "tokens", *columns):
+        table.add_column(column.replace("bits_per_byte", "bits/byte"), justify="right")
     for name, row in [*figures["subsets"].items(), ("all", figures["all"])]:
-        numbers = (f"{row['loss']:.4f}", f"{row['perplexity']:.2f}", f"{row['bits_per_byte']:.4f}")
-        table.add_row(name, str(row["tokens"]), *numbers)
+        table.add_row(name, str(row["tokens"]), *(f"{row[key]:.{digits}f}" for key, digits in columns.items()))
     Console().print(table)
 
 

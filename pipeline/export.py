@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.config.cli import exit_on_user_error, parse
 from pipeline.config.schema import Config
+from pipeline.data.prepared import load_answers
 from pipeline.engine import checkpoint_files
 from pipeline.engine.checkpoints import find_checkpoint
 from pipeline.models.load import load_model
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config_of_run(run_dir)
         config = parse("pipeline.export", ["--config", str(run_dir / "config.yaml")], Config)
         find_checkpoint(replace(config, resume=str(checkpoint)))
-        model = load_model(config.model, config.seed)
+        model = load_model(config.model, config.seed, answers=load_answers(config.data.prepared_dir))
         checkpoint_files.load_weights(model, checkpoint)
         step = int(checkpoint.name.removeprefix("step-"))
         rows = ledger.read(run_dir).filter(pc.field("step") <= step)

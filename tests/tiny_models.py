@@ -3,15 +3,38 @@
 from pathlib import Path
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, GPTNeoConfig, GPTNeoForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 VOCABULARY = 300
 """Just above the 257 of a byte-level tokenizer."""
 
 
 def tiny(kind: str) -> torch.nn.Module:
-    """`gpt_neo` and `gpt2` tie their heads, `llama` does not, `llama_tied` does."""
+    """`gpt_neo` and `gpt2` tie their heads, `llama` does not, `llama_tied` does; `bert` is an encoder without one."""
     torch.manual_seed(7)
+    if kind == "bert":
+        return BertModel(
+            BertConfig(
+                vocab_size=VOCABULARY,
+                hidden_size=16,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=24,
+                max_position_embeddings=64,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+                pad_token_id=0,
+            )
+        )
     if kind in ("gpt_neo", "gpt_neo_with_dropout"):
         return GPTNeoForCausalLM(
             GPTNeoConfig(

@@ -184,6 +184,32 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class TaskConfig:
+    kind: Literal["causal_lm", "sequence_classification"] = "causal_lm"
+    """What is learnt. causal_lm: every next token of packed text. sequence_classification: the label of each text, with
+    the model's classification head, new where the weights have none; one text a row, cut at `data.sequence_length`,
+    framed as its tokenizer does, padded to the longest of a micro-batch."""
+    label_field: str = "label"
+    """sequence_classification: field of a record that holds its label, a string or an integer, dotted where nested."""
+    pair_field: str | None = None
+    """sequence_classification: field that holds a second text of the record, for tasks on pairs. Default: none."""
+    label_noise: float = 0.0
+    """sequence_classification: fraction of the training labels replaced by another one, any as likely, while preparing
+    (an experiment: never for real training). Their subset is `planted/label`; both labels are in the prepared dataset's
+    documents/train.parquet."""
+
+    @property
+    def classifies(self) -> bool:
+        return self.kind == "sequence_classification"
+
+    def __post_init__(self) -> None:
+        fractions({"task.label_noise": self.label_noise})
+        for key in ("label_noise", "pair_field"):
+            if getattr(self, key) and not self.classifies:
+                raise ValueError(f"task.{key} is for task.kind 'sequence_classification': set that, or leave it out")
+
+
+@dataclass(frozen=True)
 class SketchConfig:
     input_width: int = 512
     """K, numbers that every token's layer inputs are hashed to."""
@@ -416,6 +442,8 @@ class Config:
     """The model and its tokenizer."""
     data: DataConfig
     """The corpus."""
+    task: TaskConfig = TaskConfig()
+    """What is learnt from it."""
     max_steps: int = 1000
     """Optimizer steps after which the run ends; an update that DeepSpeed skips counts."""
     seed: int = 0
@@ -443,6 +471,8 @@ class Config:
             raise ValueError(
                 "influence.reference 'validation' needs data.reference_files, which is not set; set it, or choose batch"
             )
+        if self.task.classifies:
+            self._check_classification()
         if self.observe.eval_every_steps and not self.data.holds_out:
             raise ValueError(
                 "observe.eval_every_steps needs data.eval_files or data.eval_fraction, and neither is set; set one, or "
@@ -473,3 +503,16 @@ class Config:
                 f"run_dir must lie outside data.prepared_dir ({self.data.prepared_dir}), which a new preparation "
                 "replaces"
             )
+
+    def _check_classification(self) -> None:
+        """What only packed text has."""
+        data, influence = self.data, self.influence
+        for key, is_set in {
+            "data.bos": data.bos is not None,
+            "data.eos": data.eos is not None,
+            "data.planted_noise": data.planted_noise > 0,
+            "influence.score_prefix": influence.score_prefix < 1,
+            f"influence.unit {influence.unit}": influence.unit != "sequence",
+        }.items():
+            if is_set:
+                raise ValueError(f"{key} is for packed text, and task.kind is 'sequence_classification': leave it out")

@@ -49,6 +49,8 @@ class Batch:
     units: list[Unit]
     others: Mapping[str, Tensor] = field(default_factory=dict)
     """What else the model is called with, (B, ...): attention_mask, position_ids."""
+    padding: int = 0
+    """The token to lengthen sequences with."""
 
     @property
     def spans(self) -> list[Span]:
@@ -87,6 +89,20 @@ class Batch:
         ids_BT[to_device(self._rows_U()[units_U], ids_BT.device)] = 0
         return replace(self, input_ids_BT=ids_BT)
 
+    def placed(self, rows_RD: Tensor, answers: bool = False) -> Tensor:
+        """Rows of a classifier's layer -> (N, D), one of each position: one a sequence goes to its labelled position.
+        `answers`: of rows that are of each position, only those of labelled ones count. The others are 0."""
+        labelled_BT1 = (self.labels_BT != IGNORE)[..., None]
+        if len(rows_RD) != labelled_BT1.numel():
+            rows_BTD = rows_RD[:, None].expand(-1, labelled_BT1.shape[1], -1)
+            return rows_BTD.where(labelled_BT1, 0.0).flatten(0, 1)
+        return rows_RD.where(labelled_BT1.flatten(0, 1), 0.0) if answers else rows_RD
+
+    @property
+    def attended_BT(self) -> Tensor:
+        """True where a position is no padding, as the model is told."""
+        return self.others.get("attention_mask", torch.ones_like(self.input_ids_BT)) != 0
+
     def prefix(self, fraction: float) -> "Batch":
         """The first positions of every sequence, at least two. For units that are whole sequences."""
         whole = self.input_ids_BT.shape[1]
@@ -97,7 +113,7 @@ class Batch:
             stop = unit.span[1] - row * whole
             units.append(replace(unit, span=(row * length + min(start, length), row * length + min(stop, length))))
         others = {name: values[:, :length] for name, values in self.others.items()}
-        return Batch(self.input_ids_BT[:, :length], self.labels_BT[:, :length], units, others)
+        return Batch(self.input_ids_BT[:, :length], self.labels_BT[:, :length], units, others, self.padding)
 
     @property
     def positions_U(self) -> Tensor:

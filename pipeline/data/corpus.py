@@ -3,6 +3,7 @@
 Nothing is skipped in silence: what cannot be a document is a `Problem` with its file and line, in its place.
 """
 
+import csv
 import glob
 import json
 import zlib
@@ -22,9 +23,9 @@ from pipeline.data.problems import Problems
 from pipeline.data.streams import chunks, decode, pointer, utf8
 from pipeline.data.streams import lines as _lines
 
-__all__ = ["SUFFIXES", "Problems", "check_files", "read_documents", "resolve", "same_source"]
+__all__ = ["SUFFIXES", "Problems", "check_files", "field_of", "read_documents", "resolve", "same_source"]
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet")
+SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".txt", ".parquet", ".csv", ".tsv")
 
 
 def read_documents(
@@ -45,6 +46,8 @@ def read_documents(
             yield Problem(source, 0, what, whole_file=True)
         elif source.endswith(".parquet"):
             yield from _parquet(source, data, whole_records)
+        elif source.endswith((".csv", ".tsv")):
+            yield from _table(source, data, whole_records)
         elif source.endswith(".txt"):
             yield _document({"text": Path(source).read_bytes()}, source, 1, "text", "")
         else:
@@ -120,7 +123,7 @@ def _document(
     """A document of a decoded record, or what keeps it from being one."""
     if not isinstance(record, dict):
         return Problem(file, line, "not a JSON object")
-    text, subset = _field(record, text_field), _field(record, subset_field)
+    text, subset = field_of(record, text_field), field_of(record, subset_field)
     if text is None:
         return Problem(file, line, f"no text field `{text_field}`")
     try:
@@ -142,7 +145,7 @@ def _document(
     return Document(text, subset, file, line, record if whole else None)
 
 
-def _field(record: object, dotted: str) -> Any:
+def field_of(record: object, dotted: str) -> Any:
     """A value by its dotted name, None where any part is missing. A key that has the dots in it counts too, and an
     object that a file keeps as a string of JSON."""
     if isinstance(record, dict) and dotted in record:
@@ -211,6 +214,30 @@ def _parquet(file: str, data: DataConfig, whole_records: bool) -> Iterator[Docum
     except (pa.ArrowException, OSError):
         what = "parquet is corrupt after this row, the rest of the file is lost"
         yield Problem(file, row, what, whole_file=True)
+
+
+def _table(file: str, data: DataConfig, whole_records: bool) -> Iterator[Document | Problem]:
+    """A record a row, its fields named by the first one. `.csv`: commas, and quotes around what has them; `.tsv`: tabs,
+    and quotes are characters like others, as GLUE has it."""
+    csv.field_size_limit(2**31 - 1)
+    how: dict[str, Any] = {} if file.endswith(".csv") else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
+    row = 0
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as stream:
+            lines = csv.reader(stream, **how)
+            names = next(lines, [])
+            for row, values in enumerate(lines, 1):
+                if len(values) != len(names):
+                    yield Problem(file, row, "another number of fields than the first line names")
+                else:
+                    record = dict(zip(names, values, strict=True))
+                    yield _document(record, file, row, data.text_field, data.subset_field, whole_records)
+    except UnicodeDecodeError:
+        yield Problem(file, row, "not valid UTF-8 after this row, the rest of the file is lost", whole_file=True)
+    except csv.Error as error:
+        yield Problem(file, row, f"no {Path(file).suffix[1:]} after this row ({error})", whole_file=True)
+    if row == 0:
+        yield Problem(file, 0, "empty file")
 
 
 def same_source(source: str) -> object:

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
 
 Split = Literal["train", "eval", "reference"]
 
@@ -24,7 +26,7 @@ class Document:
     subset: str
     file: str
     line: int
-    """Where it starts: line of the file, or row (hub, parquet), from 1."""
+    """Where it starts: line of the file, or row (hub, parquet, csv), from 1."""
     record: Mapping[str, Any] | None = field(default=None, compare=False, repr=False)
     """What it was made of, where that is more than its text; only if asked for, or it would fill the memory."""
 
@@ -38,3 +40,14 @@ class Problem:
     """Its kind, in the same words wherever it occurs, so that kinds can be counted."""
     whole_file: bool = field(default=False, compare=False)
     """Whether the file is damaged, so that nobody knows how much of it is lost."""
+
+
+class Encoded(NamedTuple):
+    """A document as tokens."""
+
+    ids: np.ndarray
+    subset: str
+    row: Mapping[str, Any] = {}
+    """What else its row says, by column."""
+    source: Mapping[str, Any] = {}
+    """What else documents/*.parquet says of it."""

@@ -4,6 +4,7 @@ import hashlib
 import platform
 import tempfile
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,15 @@ def fingerprint(
         )},
         **({"eval_fraction": data.eval_fraction} if data.eval_fraction is not None else {}),
         **planted,
-        **frame_identity(tokenizer, data),
+        **_of_task(config, tokenizer),
     }  # fmt: skip
+
+
+def _of_task(config: Config, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Labels and how texts become rows; of packed text its frame alone."""
+    if not config.task.classifies:
+        return frame_identity(tokenizer, config.data)
+    return {"task": asdict(config.task)}
 
 
 def preparation_seed(config: Config) -> int:

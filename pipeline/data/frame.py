@@ -45,6 +45,18 @@ def frame_of(tokenizer: PreTrainedTokenizerBase, data: DataConfig | None = None)
     return Frame(before, [], next((token for token in (eos, bos) if token is not None), 0))
 
 
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills a row: pad, or eos where there is none. Raises ValueError where there is neither."""
+    found = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    padding = next((token for token in found if token is not None), None)
+    if padding is None:
+        raise ValueError(
+            f"model.tokenizer: `{tokenizer.name_or_path}` has neither a pad nor an eos token to fill rows with; give "
+            "it one (add_special_tokens, save_pretrained) and name the saved directory"
+        )
+    return padding
+
+
 def frame_identity(tokenizer: PreTrainedTokenizerBase | None, data: DataConfig) -> dict[str, Any]:
     """What the frame adds to a fingerprint; nothing where it is no more than an eos behind every document."""
     if tokenizer is None:  # trained here: it has an eos and no bos

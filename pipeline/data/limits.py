@@ -76,6 +76,9 @@ def _settings(name: str) -> Any:
 
 def _highest(config: Config, tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
     """The highest token id that can be in a row, and what it is. Special tokens are in no text, only in the frame."""
+    if config.task.classifies:  # the tokenizer's own special tokens may stand around a text
+        ids = {number: token for token, number in tokenizer.get_vocab().items()}
+        return max(ids), f"the token `{ids[max(ids)]}`"
     frame = frame_of(tokenizer, config.data)
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
     if config.data.planted_noise:

@@ -1,31 +1,19 @@
-"""Documents -> rows of a split: tokenized, packed, written, counted. Bounded memory."""
+"""Documents -> packed rows: one after the other, cut where a row is full."""
 
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import count, pairwise
-from pathlib import Path
-from typing import Any, get_args
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from datasets import Dataset
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import BUILTIN, Config
-from pipeline.data.corpus import Problems, read_documents, resolve
-from pipeline.data.document import Document, Problem, Split
+from pipeline.config.schema import Config
+from pipeline.data.corpus import Problems, read_documents
+from pipeline.data.document import Document, Encoded, Problem, Split
 from pipeline.data.fingerprint import preparation_seed
 from pipeline.data.frame import frame_of
-from pipeline.data.held_out import part_of
-from pipeline.data.overlap import Texts
 from pipeline.data.planted import Planter
 from pipeline.data.tokenizer import encode
-
-SPLITS = get_args(Split)
-
 
 BATCH_DOCUMENTS = 1_000
 
@@ -33,140 +21,39 @@ BATCH_DOCUMENTS = 1_000
 BATCH_CHARACTERS = 8_000_000  # the tokenizer takes some 140 bytes a character (and a longer document all of it)
 
 
-SOURCES = pa.schema(
-    [("document_id", pa.int64()), ("file", pa.string()), ("line", pa.int64()), ("subset", pa.string()),
-     ("tokens", pa.int64()), ("bytes", pa.int64())]
-)  # fmt: skip
+class Packed:
+    """Documents in their frames, one after the other, in rows of `data.sequence_length` tokens, some of which
+    `data.planted_noise` replaces in the training split."""
 
+    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, split: Split) -> None:
+        data = config.data
+        self._tokenizer, self._frame, self._length = tokenizer, frame_of(tokenizer, data), data.sequence_length
+        self._planter = None
+        if split == "train" and data.planted_noise:
+            foreign = None if data.planted_foreign_files is None else _foreign_tokens(config, tokenizer)
+            self._planter = Planter(data.planted_noise, preparation_seed(config), len(tokenizer), foreign)
+        self.columns: list[tuple[str, pa.DataType]] = []
+        self.sources: list[tuple[str, pa.DataType]] = []
 
-# The rows
+    def read(self, found: Iterable[Document | Problem]) -> Iterable[Document | Problem]:
+        return found
 
+    def encode(self, documents: list[Document]) -> list[Encoded]:
+        found = encode(self._tokenizer, [document.text for document in documents], self._frame)
+        return [Encoded(ids, document.subset) for document, ids in zip(documents, found, strict=True)]
 
-def _write_split(
-    config: Config,
-    split: Split,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-    texts: Texts | None = None,
-    first_document: int = 0,
-) -> dict[str, Any]:
-    """Write the rows and the sources of a split under `directory`; returns its part of the report. `texts` is shown
-    every document; documents of the training files are numbered from `first_document` on."""
-    data, frame = config.data, frame_of(tokenizer, config.data)
-    most = data.max_sequences if split == "train" else data.max_eval_sequences
-    key = f"{split}_files"
-    carved = split == "eval" and data.eval_fraction is not None
-    sources = data.train_sources if split == "train" or carved else {key: data.raw_files[key] or []}
-    subsets: dict[str, Counter[str]] = {}
-    planter = None
-    if split == "train" and data.planted_noise:
-        foreign = None if data.planted_foreign_files is None else _foreign_tokens(config, tokenizer)
-        planter = Planter(data.planted_noise, preparation_seed(config), len(tokenizer), foreign)
-    (directory / "documents").mkdir(exist_ok=True)
-    document_id, batches = first_document if split == "train" or carved else 0, count()
+    def size(self, encoded: Encoded) -> int:
+        """What it takes of the room for tokens."""
+        return len(encoded.ids)
 
-    def encoded(problems: Problems, documents: Iterable[Document]) -> Iterator[list[tuple[str, np.ndarray]]]:
-        """Batches of (subset, tokens of a document), shuffled inside the batch, counted, their places written."""
-        nonlocal document_id
-        room = None if most is None else most * data.sequence_length  # tokens that still fit
-        for batch in _batches(documents):
-            order = np.random.default_rng([preparation_seed(config), SPLITS.index(split), next(batches)])
-            batch = [batch[index] for index in order.permutation(len(batch))]
-            taken: list[tuple[str, np.ndarray]] = []
-            rows: list[dict[str, Any]] = []
-            for document, ids in zip(batch, encode(tokenizer, [d.text for d in batch], frame), strict=True):
-                whole = len(ids)
-                ids = ids[:room]
-                if room == 0:
-                    break
-                if not whole:
-                    problems.add(Problem(document.file, document.line, "no token in its text"))
-                    continue
-                if texts:
-                    texts.see(split, document.text)
-                room = None if room is None else room - len(ids)
-                # Of a document cut by `max_sequences`, its share: bits per byte need bytes that were predicted.
-                size = {"tokens": len(ids), "bytes": round(len(document.text.encode()) * len(ids) / whole)}
-                subsets.setdefault(document.subset, Counter()).update(documents=1, **size)
-                where = {"file": document.file, "line": document.line, "subset": document.subset}
-                rows.append({"document_id": document_id, **where, **size})
-                taken.append((document.subset, ids))
-                document_id += 1
-            places.write_batch(pa.RecordBatch.from_pylist(rows, SOURCES))
-            bar.update(len(taken))
-            tokens = sum(s["tokens"] for s in subsets.values())
-            rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
-            bar.set_postfix_str(f"{tokens:,} tokens, {rate:,.0f} a second", refresh=False)
-            yield taken
-            if room == 0:
-                return
+    def rows(self, batches: Iterable[list[Encoded]], schema: pa.Schema, first: int) -> Iterator[pa.RecordBatch]:
+        """Numbered from `first` on."""
+        for rows in _pack(batches, self._length, self._frame.padding, schema, first):
+            yield self._planter(rows) if self._planter else rows
 
-    schema = pa.schema(
-        [("input_ids", pa.list_(pa.int32(), data.sequence_length)),
-         ("document_ids", pa.list_(pa.int64(), data.sequence_length)), ("subset", pa.list_(pa.string()))]
-    )  # fmt: skip
-    with (
-        pq.ParquetWriter(directory / "documents" / f"{split}.parquet", SOURCES) as places,
-        pa.ipc.new_stream(str(directory / f"{split}.arrow"), schema) as writer,
-        tqdm(desc=f"preparing {split}", unit=" documents", mininterval=1.0) as bar,
-    ):
-        sequences, ends, found = 0, [(0, Counter[str]())], list[Problems]()
-        for key, files in sources.items():
-            problems = Problems(data.max_bad_fraction, f"data.{key}")
-            read = problems.leave_out(read_documents(files, data, "train" if carved else split))
-            documents = encoded(problems, part_of(split, read, data))
-            for rows in _pack(documents, data.sequence_length, frame.padding, schema, document_id):
-                writer.write_batch(planter(rows) if planter else rows)
-                sequences += rows.num_rows
-            problems.check(problems.limit)
-            if sequences == ends[-1][0] and not carved:
-                besides = "" if data.eval_fraction is None else " but what data.eval_fraction holds out"
-                raise ValueError(f"data.{key}: no document in {files}{besides}")
-            ends.append((sequences, _totals(subsets)))
-            found += [] if carved else [problems]  # the training split reports them
-    if not sequences:
-        raise ValueError(f"data.eval_fraction {data.eval_fraction} holds out no document of so few; raise it")
-    Dataset.from_file(str(directory / f"{split}.arrow")).save_to_disk(str(directory / split))
-    (directory / f"{split}.arrow").unlink()
-    _say_subsets(config, [source for files in sources.values() for source in resolve(files)], subsets)
-    totals = ends[-1][1]
-    of_sources = {
-        name: {
-            "first_row": first,
-            "sequences": stop - first,
-            "first_document": before["documents"],
-            **{key: after[key] - before[key] for key in totals},
-        }
-        for name, ((first, before), (stop, after)) in zip(sorted(data.mixture or ()), pairwise(ends), strict=False)
-    }
-    return {
-        **totals,
-        "sequences": sequences,
-        "padding": sequences * data.sequence_length - totals["tokens"],
-        "frame": frame.tokens * totals["documents"],
-        "subsets": {name: dict(subsets[name]) for name in sorted(subsets)},
-        "problems": dict(sum((problems.kinds for problems in found), Counter())),
-        "first_problems": [
-            {"file": p.file, "line": p.line, "what": p.what} for problems in found for p in problems.first
-        ],
-        **({"sources": of_sources} if split == "train" and data.mixture else {}),
-        **({"planted": dict(planter.counts)} if planter else {}),
-    }
-
-
-def _totals(subsets: Mapping[str, Counter[str]]) -> Counter[str]:
-    return Counter({key: sum(counts[key] for counts in subsets.values()) for key in ("documents", "tokens", "bytes")})
-
-
-def _say_subsets(config: Config, files: list[str], subsets: dict[str, Counter[str]]) -> None:
-    """Say how many documents of records have no subset: a field that none has is misspelled, or there is none."""
-    without, every = subsets.get("-", Counter())["documents"], sum(part["documents"] for part in subsets.values())
-    if without and any(source != BUILTIN and not source.endswith(".txt") for source in files):
-        tqdm.write(
-            f"data.subset_field: {without:,} of {every:,} documents have no field `{config.data.subset_field}`; they "
-            "are subset `-`. Name another field where they have subsets",
-            file=sys.stderr,
-        )
+    def report(self, documents: int) -> dict[str, Any]:
+        planted = {"planted": dict(self._planter.counts)} if self._planter else {}
+        return {"frame": self._frame.tokens * documents, **planted}
 
 
 def _foreign_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Iterator[np.ndarray]:
@@ -176,14 +63,14 @@ def _foreign_tokens(config: Config, tokenizer: PreTrainedTokenizerBase) -> Itera
     while True:
         problems = Problems(config.data.max_bad_fraction, "data.planted_foreign_files")
         batch: list[Document] = []
-        for batch in _batches(problems.leave_out(read_documents(files, config.data, "train"))):
+        for batch in batches_of(problems.leave_out(read_documents(files, config.data, "train"))):
             yield from encode(tokenizer, [document.text for document in batch], frame)
         problems.check(problems.limit)
         if not batch:
             raise ValueError(f"data.planted_foreign_files: no document in {files}")
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+def batches_of(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for document in documents:
@@ -197,7 +84,7 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
 
 
 def _pack(
-    batches: Iterable[list[tuple[str, np.ndarray]]], length: int, padding_id: int, schema: pa.Schema, first: int = 0
+    batches: Iterable[list[Encoded]], length: int, padding_id: int, schema: pa.Schema, first: int = 0
 ) -> Iterator[pa.RecordBatch]:
     """Rows of `length` tokens from documents one after the other, numbered from `first` on; only the last row is
     padded."""
@@ -211,9 +98,9 @@ def _pack(
 
     for batch in batches:
         new = first + len(names) + np.arange(len(batch))
-        tokens = np.concatenate([tokens, *(ids for _, ids in batch)])
-        owners = np.concatenate([owners, np.repeat(new, [len(ids) for _, ids in batch])])
-        names += [subset for subset, _ in batch]
+        tokens = np.concatenate([tokens, *(encoded.ids for encoded in batch)])
+        owners = np.concatenate([owners, np.repeat(new, [len(encoded.ids) for encoded in batch])])
+        names += [encoded.subset for encoded in batch]
         whole = len(tokens) // length * length
         yield rows()
         tokens, owners = tokens[whole:], owners[whole:]

@@ -20,6 +20,7 @@ from datasets import Dataset, concatenate_datasets, load_from_disk
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from pipeline.config.answers import Answers
 from pipeline.config.differences import changes
 from pipeline.config.ownership import owned
 from pipeline.config.schema import Config
@@ -30,8 +31,8 @@ from pipeline.data.frame import frame_of, in_words
 from pipeline.data.limits import check_model
 from pipeline.data.overlap import Texts, refuse_shared_files
 from pipeline.data.overlap import in_words as overlap_in_words
-from pipeline.data.packing import _write_split
 from pipeline.data.replacing import is_made_of, made_of, refuse_other_things, replaced
+from pipeline.data.split import write_split
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -119,14 +120,17 @@ def _prepare(config: Config, target: Path, first_document: int) -> None:
     with replaced(target) as temporary:
         if tokenizer is None:
             tokenizer = train_tokenizer(config)
-        tqdm.write(in_words(tokenizer, frame_of(tokenizer, config.data)), file=sys.stderr)
+        if not config.task.classifies:
+            tqdm.write(in_words(tokenizer, frame_of(tokenizer, config.data)), file=sys.stderr)
         parts, texts = {}, Texts()
         if config.data.holds_out:
-            parts["eval"] = _write_split(config, "eval", tokenizer, temporary, texts, first_document)
+            parts["eval"] = write_split(config, "eval", tokenizer, temporary, texts, first_document)
         if config.data.reference_files is not None:
-            parts["reference"] = _write_split(config, "reference", tokenizer, temporary, texts)
-        train = _write_split(config, "train", tokenizer, temporary, texts, first_document)
+            parts["reference"] = write_split(config, "reference", tokenizer, temporary, texts)
+        train = write_split(config, "train", tokenizer, temporary, texts, first_document)
         report = {"train": train, **parts}
+        if config.task.classifies:
+            refuse_unknown_labels(report)
         texts.add_to(report)
         for line in overlap_in_words(report):
             tqdm.write(line, file=sys.stderr)
@@ -185,6 +189,28 @@ def _load_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise ValueError(f"{path.parent} is no prepared dataset (no {path.name}); run `pipeline.prepare`")
     return json.loads(path.read_text())
+
+
+def load_answers(prepared_dir: str | Path) -> Answers | None:
+    """What there is to answer of labelled texts; None where the dataset is of packed text."""
+    found = load_report(prepared_dir)["train"].get("answers")
+    return Answers(**found) if found else None
+
+
+def refuse_unknown_labels(report: dict[str, Any]) -> None:
+    """Raises ValueError where a held-out text has a label that no training text has."""
+    known = report["train"]["labels"]
+    if len(known) < 2:
+        raise ValueError(
+            f"task.label_field: all training texts have the label {', '.join(known)}, so there is nothing to learn; "
+            "name another field, or files with more labels"
+        )
+    for split in report.keys() - {"train"}:
+        if unknown := sorted(report[split]["labels"].keys() - known.keys()):
+            raise ValueError(
+                f"data.{split}_files: no training text has the label {unknown[0]!r}; the labels are "
+                f"{', '.join(list(known)[:12])}. Give files of the same task, or another task.label_field"
+            )
 
 
 def load_files(directory: Path) -> dict[str, Any]:

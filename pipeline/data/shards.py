@@ -59,6 +59,7 @@ def config_of(config: Config, shard: Shard) -> Config:
         "data.mixture": (data.mixture, "prepare it in one go"),
         "data.max_sequences": (data.max_sequences, "leave it out"),
         "data.planted_noise": (data.planted_noise, "leave it out"),
+        "task.kind sequence_classification": (config.task.classifies, "prepare it in one go"),
         "model.tokenizer train": (tokenizer == TRAIN_TOKENIZER, "train one on a few files, and name its directory"),
     }
     for key, (there, remedy) in whole.items():

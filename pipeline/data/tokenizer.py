@@ -15,7 +15,7 @@ from pipeline.config.paths import pretrained
 from pipeline.config.schema import TRAIN_TOKENIZER, Config
 from pipeline.data.corpus import read_documents
 from pipeline.data.document import Document
-from pipeline.data.frame import Frame, frame_of
+from pipeline.data.frame import Frame, frame_of, padding_of
 from pipeline.data.held_out import part_of
 
 TOKENIZER_CHARACTERS = 8_000_000  # what a tokenizer is trained on
@@ -51,7 +51,10 @@ def load_tokenizer(config: Config) -> PreTrainedTokenizerBase | None:
         tokenizer = AutoTokenizer.from_pretrained(where, **options)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.tokenizer: no tokenizer can be loaded from `{name}`: {error}") from error
-    frame_of(tokenizer, config.data)  # refuses one that cannot frame documents as they are to be
+    if config.task.classifies:
+        padding_of(tokenizer)  # refuses one that cannot fill rows
+    else:
+        frame_of(tokenizer, config.data)  # refuses one that cannot frame documents as they are to be
     return tokenizer
 
 

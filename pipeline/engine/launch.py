@@ -61,6 +61,7 @@ def join_process_group() -> torch.device:
             f"the environment says that there are {expected} ranks, and {collectives.world_size()} came together. "
             "Under mpirun, use the MPI that mpi4py was built with; else start with deepspeed or torchrun"
         )
+    quiet.silence_load_report()
     if collectives.rank() > 0:
         quiet.silence_bars()
     if get_accelerator().device_name() != "cpu":

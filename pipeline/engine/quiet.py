@@ -50,3 +50,11 @@ def silence_bars() -> None:
     """On all ranks but the first, which shows them: bars for weights that are loaded and data sets that are saved."""
     datasets.disable_progress_bars()
     of_transformers.disable_progress_bar()
+
+
+def silence_load_report() -> None:
+    """The table of weights that a model has and its files have not, or the other way round: `models.weights` says it
+    in a line, or refuses. One of shapes that differ is shown."""
+    of_transformers.get_logger("transformers.modeling_utils").addFilter(
+        lambda record: "LOAD REPORT" not in record.getMessage() or "MISMATCH" in record.getMessage()
+    )

@@ -15,17 +15,28 @@ _QUARTERS = ["1/4", "2/4", "3/4", "4/4"]
 # The comparison of arms
 
 
+IN_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
+
+
+def metric_of(rows: list[dict[str, Any]]) -> str:
+    """What the arms of `arms.compare` are compared by: bits per byte, of classifiers accuracy."""
+    return "accuracy" if rows and "full.accuracy" in rows[0] else "bits_per_byte"
+
+
 def _arms_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the comparison on the page."""
-    columns = ["arm", "seeds", "perplexity half", "perplexity full", "bits/byte half", "bits/byte full", "full - none"]
+    key = metric_of(rows)
+    other = "loss" if key == "accuracy" else "perplexity"
+    short = "accuracy" if key == "accuracy" else "bits/byte"
+    columns = ["arm", "seeds", f"{other} half", f"{other} full", f"{short} half", f"{short} full", "full - none"]
     columns += ["beyond spread", "removed", "removed %", "noise AUC", "noise recall"]
     cells = []
     for row in rows:
-        half, full = row["half.bits_per_byte"], row["full.bits_per_byte"]
+        half, full = row[f"half.{key}"], row[f"full.{key}"]
         difference = (full or {}).get("difference")
         cells.append([
             row["arm"], str(len(row["seeds"])),
-            pm(row["half.perplexity"], 2), pm(row["full.perplexity"], 2), pm(half, 4), pm(full, 4),
+            pm(row[f"half.{other}"], 2), pm(row[f"full.{other}"], 2), pm(half, 4), pm(full, 4),
             pm(difference, 4, sign=True), beyond(difference),
             pm(row["removed"], 0, spread=False), pm(row["removed_fraction"], 1, scale=100, spread=False),
             pm(row["noise_auc"], 3), pm(row["noise_recall"], 3),
@@ -85,17 +96,18 @@ def to_html(content: dict[str, Any]) -> str:
 
 
 def _arms(content: dict[str, Any]) -> list[str]:
-    rows = content["arms"]
+    rows, key = content["arms"], metric_of(content["arms"])
     parts = ["<h2>Does dropping help? Arms against each other</h2>", _table(*_arms_table(rows))]
     parts.append(_note(
         "Held-out figures at half and full length: mean over seeds ± standard deviation between seeds. “full - none” "
-        "is the difference in bits per byte to the run of arm none with the same seed, mean ± standard deviation of "
-        "these differences; below 0 is better. It is “beyond spread” where the mean is larger than that deviation: "
-        "with three seeds an indication, no proof. Noise AUC and recall: all kinds of planted noise together."
+        f"is the difference in {IN_WORDS[key]} to the run of arm none with the same seed, mean ± standard deviation "
+        f"of these differences; {'above' if key == 'accuracy' else 'below'} 0 is better. It is “beyond spread” where "
+        "the mean is larger than that deviation: with three seeds an indication, no proof. Noise AUC and recall: all "
+        "kinds of planted noise together."
     ))  # fmt: skip
-    compared = [row for row in rows if (row["full.bits_per_byte"] or {}).get("difference")]
+    compared = [row for row in rows if (row[f"full.{key}"] or {}).get("difference")]
     if compared:
-        image = figures.differences(compared, "bits_per_byte", "bits per byte")
+        image = figures.differences(compared, key, IN_WORDS[key])
         parts.append(_image(image, "difference to none by arm"))
         parts.append(_note("Dots: seeds. Diamonds: their mean ± standard deviation."))
     else:

@@ -10,13 +10,14 @@ from transformers import PreTrainedModel
 
 from pipeline.config.schema import InfluenceConfig
 from pipeline.config.timing import Stopwatch
-from pipeline.data.batch import Batch, Unit, next_token_labels
+from pipeline.data.batch import IGNORE, Batch, Unit, next_token_labels
 from pipeline.influence.ghost import Ghost, Weight
 from pipeline.influence.micro_batch import MicroBatch
 from pipeline.influence.reference import OfBatch
 from pipeline.influence.scorer import SketchScorer
 from pipeline.influence.sketch import CountSketch, seed_of
-from pipeline.models.layer import Layer, shape_of
+from pipeline.models.layer import AnswerHead, Layer, shape_of
+from pipeline.models.layers import head_of
 
 TOLERANCE = 1e-3
 _SEQUENCES, _TOKENS, _WIDTH = 2, 16, 4
@@ -95,7 +96,12 @@ def _short(model: PreTrainedModel, seed: int) -> Batch:
     vocabulary = shape_of(model.get_input_embeddings().weight)[0]
     ids_BT = torch.randint(0, vocabulary, (_SEQUENCES, _TOKENS), generator=generator).to(model.device)
     units = [Unit(row, row, (row * _TOKENS, (row + 1) * _TOKENS), [row], "-") for row in range(_SEQUENCES)]
-    return Batch(ids_BT, next_token_labels(ids_BT), units)
+    labels_BT = next_token_labels(ids_BT)
+    if isinstance(head_of(model), AnswerHead):  # both texts answered with the first class, at their ends
+        labels_BT = torch.full_like(ids_BT, IGNORE)
+        labels_BT[:, -1] = 0
+        ids_BT[ids_BT == model.config.pad_token_id] += 1  # or they would end before it
+    return Batch(ids_BT, labels_BT, units)
 
 
 @contextmanager

@@ -17,7 +17,9 @@ _SIGN = "its scores all have one sign"
 class Loss:
     """Minus the loss."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_classification", "document", "token", "score_first", "top"}
+    )
     because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE, "threshold": _SIGN}
     after_backward: ClassVar[bool] = False
 
@@ -28,7 +30,9 @@ class Loss:
 class Random:
     """A number from 0 to 1, a function of (seed, position, document): one for all tokens of a unit, or one for each."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_classification", "document", "token", "score_first", "top"}
+    )
     because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE, "threshold": _SIGN}
     after_backward: ClassVar[bool] = False
 
@@ -49,7 +53,9 @@ class Random:
 class Oracle:
     """1 for units of the subsets that match one of the patterns, else 0: what a label knows, as the bar above."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "threshold", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_classification", "document", "token", "score_first", "threshold", "top"}
+    )
     because: ClassVar[Mapping[str, str]] = {"running": _ALONE, "validation": _ALONE}
     after_backward: ClassVar[bool] = False
 
@@ -64,7 +70,7 @@ class Oracle:
 class Nothing:
     """`none`: no score, so the policy does nothing."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "threshold"})
+    accepts: ClassVar[frozenset[str]] = frozenset({"sequence_classification", "document", "token", "threshold"})
     because: ClassVar[Mapping[str, str]] = {
         "running": _ALONE,
         "validation": _ALONE,
@@ -82,7 +88,9 @@ class Rho:
     Rho-1, arXiv 2404.07965). Positive is what that model does better, so what can be learnt and is not yet; noise is
     hard for both. `reference_losses`: that model's, of every position."""
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"document", "token", "score_first", "threshold", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_classification", "document", "token", "score_first", "threshold", "top"}
+    )
     because: ClassVar[Mapping[str, str]] = dict.fromkeys(
         ("running", "validation"), "it compares with influence.reference_model"
     )
@@ -106,7 +114,7 @@ class Lookahead:
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset(
-        {"validation", "document", "token", "score_first", "threshold", "top"}
+        {"sequence_classification", "validation", "document", "token", "score_first", "threshold", "top"}
     )
     because: ClassVar[Mapping[str, str]] = {}
     after_backward: ClassVar[bool] = False

@@ -56,8 +56,8 @@ class Scorable(Protocol):
     """What all that scores has in common: the rules of the config read it."""
 
     accepts: ClassVar[frozenset[str]]
-    """Values of `influence.precondition`, `.reference`, `.unit`, `.passes` and `policy.rule` that it goes with, beside
-    none, batch, sequence, one and rate, which all but `lookahead` go with."""
+    """Values of `influence.precondition`, `.reference`, `.unit`, `.passes`, `policy.rule` and `task.kind` that it goes
+    with, beside none, batch, sequence, one, rate and causal_lm, which all but `lookahead` go with."""
     because: ClassVar[Mapping[str, str]]
     """Why it does not go with a value, where there is more to say than that it does not."""
     after_backward: ClassVar[bool]

@@ -22,7 +22,7 @@ from pipeline.influence.scores import unit_sketches
 from pipeline.influence.sketch import CountSketch, gradient_visitor, hashed, seed_of
 from pipeline.models.experts import Experts, Router
 from pipeline.models.heads import LogitPath, logit_path
-from pipeline.models.layer import Layer
+from pipeline.models.layer import AnswerHead, Layer
 from pipeline.models.layers import layers_of
 from pipeline.models.second_moments import SecondMoments
 from pipeline.tasks.causal_lm import Visitor
@@ -81,7 +81,9 @@ class Ghost:
     self-influence saturates as Adam's coming step does (`adam.saturation`).
     """
 
-    accepts: ClassVar[frozenset[str]] = frozenset({"adam_state", "running", "validation", "threshold", "top"})
+    accepts: ClassVar[frozenset[str]] = frozenset(
+        {"sequence_classification", "adam_state", "running", "validation", "threshold", "top"}
+    )
     because: ClassVar[Mapping[str, str]] = {
         "document": "the gradient at a position is that of all later losses of its sequence, of other documents too",
         "score_first": "it scores by the training backward itself",
@@ -94,7 +96,8 @@ class Ghost:
         found, chosen = layers_of(model), config.widths
         self.timed = timed
         self.saturates = config.include_self
-        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.answers = isinstance(found.head, AnswerHead)
+        self.cap: float | None = None if self.answers else getattr(model.config, "final_logit_softcapping", None)
         self.path: LogitPath | None = None
         """From the head's output to the logits: known after the first forward."""
         self.head, self.words, self.linear = found.head, found.words, found.linear
@@ -193,11 +196,21 @@ class GhostWatch:
         assert self._head_output is not None, "the head was not called inside the `with`"
         self._logits_NV = logits_BTV.detach().flatten(0, -2)
         if self._how.path is None:
-            self._how.path = logit_path(self._head_output.flatten(0, -2), self._logits_NV, self._how.cap)
+            self._how.path = logit_path(*self._ends_of_path(self._head_output), self._how.cap)
+        if self._how.answers:
+            self._logits_NV = self._batch.placed(self._logits_NV)
         self._path = self._how.path or LogitPath()
         self._head_output = None
         if self._how.saturates:  # before a backward takes the logits' place
             self._own_logits_N1 = self._logits_NV.gather(1, self._targets_N()[:, None])
+
+    def _ends_of_path(self, output: Tensor) -> tuple[Tensor, Tensor]:
+        """The head's output, and the logits that it became: of a classifier those of labelled texts."""
+        assert self._logits_NV is not None
+        if not self._how.answers:
+            return output.flatten(0, -2), self._logits_NV
+        labelled_BT = self._batch.labels_BT != IGNORE
+        return output[labelled_BT if output.dim() == 3 else labelled_BT.any(1)], self._logits_NV[labelled_BT.any(1)]
 
     @property
     def visit(self) -> Visitor:
@@ -309,7 +322,7 @@ class GhostWatch:
     @torch.no_grad()
     def _passed(self, layer: Layer, args: tuple[Any, ...], output: Tensor) -> None:
         with self._how.timed("layer gradients"):
-            rows_ND = layer.input_rows(args)
+            rows_ND = self._of_positions(layer, layer.input_rows(args))
             if len(rows_ND) != self._batch.labels_BT.numel():
                 raise ValueError(
                     f"{layer.name} reads {len(rows_ND)} rows where the batch has {self._batch.labels_BT.numel()}, so "
@@ -320,6 +333,9 @@ class GhostWatch:
             self._head_inputs, self._head_output = sketched_NK, output.detach()
         else:
             self._hook(layer, output, partial(self._came_back, layer, sketched_NK))
+
+    def _of_positions(self, layer: Layer, rows_RD: Tensor) -> Tensor:
+        return self._batch.placed(rows_RD, isinstance(layer, AnswerHead)) if self._how.answers else rows_RD
 
     @torch.no_grad()
     def _read_factor(self, gradient_BT: Tensor) -> None:
@@ -333,7 +349,7 @@ class GhostWatch:
             return
         with self._how.timed("layer gradients"):
             weight = self._how.weights[layer.weight]
-            feedback_NG = weight.sketch_outputs(layer.output_rows(gradient))
+            feedback_NG = weight.sketch_outputs(self._of_positions(layer, layer.output_rows(gradient)))
             self._add(self._sketches, weight, inputs_NK, feedback_NG)
 
     @torch.no_grad()

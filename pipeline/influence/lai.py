@@ -13,9 +13,9 @@ from pipeline.data.batch import Batch
 from pipeline.influence.adam import adam_factors
 from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.layer_inputs import LayerInputs
-from pipeline.influence.scores import unit_sketches
+from pipeline.influence.scores import text_sketches, unit_sketches
 from pipeline.influence.sketch import CountSketch, gradient_visitor, seed_of
-from pipeline.models.layer import Layer
+from pipeline.models.layer import AnswerHead, Layer
 from pipeline.models.layers import head_of, layers_of
 from pipeline.models.second_moments import SecondMoments
 from pipeline.tasks.causal_lm import Visitor
@@ -24,14 +24,25 @@ from pipeline.tasks.causal_lm import Visitor
 class Lai:
     """Sketches M_u = sum over t in u of h_t (outer) g_t: h_t the inputs of all linear layers, g_t = softmax - onehot
     the logit gradient, which stands in for every layer's own output gradient (scores.py). A layer whose weight is
-    frozen takes no part; the logit gradient does also where the head is.
+    frozen takes no part; the logit gradient does also where the head is. Of a classifier, whose one logit gradient
+    serves all positions of a text: `scores.text_sketches`.
 
     `adam_state`: inputs are scaled by the column factors of their own layer, g_t by the head's row factors
     (`adam.adam_factors`).
     """
 
     accepts: ClassVar[frozenset[str]] = frozenset(
-        {"adam_ema", "adam_state", "running", "validation", "document", "score_first", "threshold", "top"}
+        {
+            "sequence_classification",
+            "adam_ema",
+            "adam_state",
+            "running",
+            "validation",
+            "document",
+            "score_first",
+            "threshold",
+            "top",
+        }
     )
     because: ClassVar[Mapping[str, str]] = {}
     after_backward: ClassVar[bool] = False
@@ -40,9 +51,9 @@ class Lai:
         self, config: InfluenceConfig, model: PreTrainedModel, seed: int, device: torch.device, timed: Stopwatch
     ) -> None:
         self.head, layers, widths = head_of(model), self._layers(model), config.widths
-        self.inputs = LayerInputs(
-            layers, widths.input_width if widths else None, seed, device, lambda: timed("layer inputs")
-        )
+        self.answers = isinstance(self.head, AnswerHead)
+        width = widths.input_width if widths else None
+        self.inputs = LayerInputs(layers, width, seed, device, lambda: timed("layer inputs"), self.answers)
         self.logits: CountSketch | None = None
         if widths and widths.logit_width < self.head.outputs:
             self.logits = CountSketch(self.head.outputs, widths.logit_width, seed_of(seed, "logits"), device)
@@ -94,7 +105,7 @@ class LaiWatch:
     """One micro-batch."""
 
     def __init__(self, how: Lai, batch: Batch, norms: bool) -> None:
-        self._how, self._batch, self._inputs = how, batch, how.inputs.watch(norms)
+        self._how, self._batch, self._inputs = how, batch, how.inputs.watch(norms, batch)
 
     def __enter__(self) -> Self:
         self._inputs.__enter__()
@@ -118,5 +129,9 @@ class LaiWatch:
     def backward_to_inputs(self, losses_BT: Tensor) -> None: ...
 
     def take(self, logit_sketch_NG: Tensor) -> SampleGradients:
-        sketches = unit_sketches(self._inputs.take(len(logit_sketch_NG)), logit_sketch_NG, self._batch.spans)
+        inputs_NK = self._inputs.take(len(logit_sketch_NG))
+        if self._how.answers:
+            sketches = text_sketches(inputs_NK, logit_sketch_NG, self._batch.attended_BT)
+        else:
+            sketches = unit_sketches(inputs_NK, logit_sketch_NG, self._batch.spans)
         return SampleGradients(sketches.flatten(1), sketches.new_zeros(len(sketches), dtype=torch.float64))

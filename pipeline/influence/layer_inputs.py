@@ -9,9 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from pipeline.data.batch import Batch
 from pipeline.influence.hooks import hooks
 from pipeline.influence.sketch import CountSketch, seed_of
-from pipeline.models.layer import Layer
+from pipeline.models.layer import AnswerHead, Layer
 
 
 class LayerInputs:
@@ -20,6 +21,8 @@ class LayerInputs:
     with `width` None, the inputs of all layers concatenated (exact); else their sum after an independent sketch each,
     so that the products of two sums estimate the sum over layers of a . a' and no activation is stored. Sketches are
     seeded by (seed, layer name).
+
+    `answers`: of a classifier, some of whose layers read one row a sequence (`Batch.placed`).
     """
 
     def __init__(
@@ -29,8 +32,9 @@ class LayerInputs:
         seed: int,
         device: torch.device,
         timed: Callable[[], AbstractContextManager] = nullcontext,
+        answers: bool = False,
     ) -> None:
-        self.layers, self.width, self.timed = layers, width, timed
+        self.layers, self.width, self.timed, self.answers = layers, width, timed, answers
         self.sketches: dict[str, CountSketch] = {}
         if width is not None:
             for name, layer in layers.items():
@@ -38,9 +42,11 @@ class LayerInputs:
         self.scales: dict[str, Tensor] = {}
         """What multiplies a layer's input, (D,), by its name; 1 where there is none."""
 
-    def watch(self, norms: bool = False) -> "WatchedInputs":
-        """For one forward. `norms`: they are asked for afterwards, which reads every input once more."""
-        return WatchedInputs(self, norms)
+    def watch(self, norms: bool = False, batch: Batch | None = None) -> "WatchedInputs":
+        """For one forward. `norms`: they are asked for afterwards, which reads every input once more. `batch`: what a
+        classifier reads."""
+        assert batch or not self.answers
+        return WatchedInputs(self, norms, batch)
 
 
 class WatchedInputs:
@@ -52,8 +58,8 @@ class WatchedInputs:
     recorded again.
     """
 
-    def __init__(self, how: LayerInputs, norms: bool) -> None:
-        self._how, self._measured = how, norms
+    def __init__(self, how: LayerInputs, norms: bool, batch: Batch | None) -> None:
+        self._how, self._batch, self._measured = how, batch, norms
         self._inputs: list[Tensor] = []
         self._shared: Tensor | None = None
         self._readers: list[str] = []
@@ -98,6 +104,8 @@ class WatchedInputs:
         how, name = self._how, self._readers[0]
         with how.timed():
             input_ND = how.layers[name].input_rows((self._shared,))
+            if how.answers and self._batch:
+                input_ND = self._batch.placed(input_ND, isinstance(how.layers[name], AnswerHead))
             dtype = torch.promote_types(input_ND.dtype, torch.float32)
             if self._measured:
                 norm = torch.linalg.vector_norm(input_ND, dtype=dtype)

@@ -11,7 +11,8 @@ from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.estimator import SampleGradients
 from pipeline.influence.scorer import Scorer, SketchScorer
-from pipeline.tasks.causal_lm import SketchVisitor, Visitor, token_losses
+from pipeline.tasks.causal_lm import SketchVisitor, Visitor
+from pipeline.tasks.classification import losses_of
 
 
 class MicroBatch:
@@ -32,7 +33,7 @@ class MicroBatch:
         with self._watch:
             logits_BTV = forward_logits(model, self._batch)
             self._watch.before_losses(logits_BTV)
-            self._losses_BT, self._logit_sketch = token_losses(logits_BTV, self._batch.labels_BT, self._visitor())
+            self._losses_BT, self._logit_sketch = losses_of(logits_BTV, self._batch.labels_BT, self._visitor())
         return self._losses_BT
 
     def before_backward(self, step_tokens: float | None) -> None:
@@ -84,10 +85,10 @@ def hold_validation(
 
 
 def forward_logits(model: Callable[..., Any], batch: Batch) -> Tensor:
-    """The logits of every position, (B, T, V)."""
+    """The logits of every position, (B, T, V), or of every sequence, (B, C)."""
     return model(input_ids=batch.input_ids_BT, use_cache=False, **batch.others).logits
 
 
 def forward_losses(model: Callable[..., Any], batch: Batch) -> Tensor:
     """The loss of every position of a forward that nobody watches, (B, T)."""
-    return token_losses(forward_logits(model, batch), batch.labels_BT)[0]
+    return losses_of(forward_logits(model, batch), batch.labels_BT)[0]

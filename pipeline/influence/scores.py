@@ -30,6 +30,15 @@ def unit_sketches(inputs_NK: Tensor, feedback_NG: Tensor, spans: Sequence[Span])
     return sketches_UKG
 
 
+def text_sketches(inputs_NK: Tensor, feedback_NG: Tensor, attended_BT: Tensor) -> Tensor:
+    """The gradient sketch of every text of a classifier, as (B, K, G): one logit gradient g serves all its positions,
+    so Eq. 4's sum over token pairs is M_b = (sum over unpadded t of inputs_t) (outer) g_b. `feedback_NG` has g at one
+    position of each text."""
+    inputs_BTK, feedback_BTG = (rows.unflatten(0, attended_BT.shape) for rows in (inputs_NK, feedback_NG))
+    summed_BK = inputs_BTK.where(attended_BT[..., None], 0.0).sum(1)
+    return summed_BK[:, :, None] * feedback_BTG.sum(1)[:, None, :]
+
+
 def _of_one_length(spans: Sequence[Span]) -> int:
     """The length of spans that follow one another and are all as long; 0 where they are not so."""
     length = spans[0][1] if spans else 0

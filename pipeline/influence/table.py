@@ -104,15 +104,22 @@ def scores_apart(influence: InfluenceConfig, policy: PolicyConfig) -> bool:
     return policy.rule == "top" or influence.passes == "score_first"
 
 
-def check(influence: InfluenceConfig, policy: PolicyConfig, settings: dict[str, Any], audits: bool = False) -> None:
-    """Raises ValueError where estimator, reference, unit, passes, preconditioning, policy and DeepSpeed's `settings` do
-    not go together. `audits`: whether scores are to be audited."""
+def check(
+    influence: InfluenceConfig,
+    policy: PolicyConfig,
+    settings: dict[str, Any],
+    audits: bool = False,
+    task: str = "causal_lm",
+) -> None:
+    """Raises ValueError where estimator, reference, unit, passes, preconditioning, policy, DeepSpeed's `settings` and
+    the kind of task do not go together. `audits`: whether scores are to be audited."""
     name, kind = influence.estimator, _kind(influence)
     chosen: dict[str, tuple[str, str]] = {
         "influence.precondition": (influence.precondition, "none"),
         "influence.reference": (influence.reference, "batch"),
         "influence.unit": (influence.unit, "sequence"),
         "influence.passes": (influence.passes, "one"),
+        "task.kind": (task, "causal_lm"),
     }
     if policy.rule == "mixture" and name == "none":
         raise ValueError(
@@ -222,7 +229,7 @@ def check_effect(config: Config, settings: dict[str, Any], ranks: int) -> list[s
 def check_config(config: Config, settings: dict[str, Any]) -> None:
     """`check` of a run's config: the rules that the command line wants."""
     audits = config.observe.audit_every_steps is not None
-    check(config.influence, config.policy, settings, audits)
+    check(config.influence, config.policy, settings, audits, config.task.kind)
 
 
 def _kind(influence: InfluenceConfig) -> type[Scorable]:

@@ -60,6 +60,10 @@ class TransposedLayer(Layer):
         return columns, rows
 
 
+class AnswerHead(Layer):
+    """The last linear map of a classifier. GPT-style models apply it at every position and answer with one of them."""
+
+
 class Embedding(Layer):
     """A word embedding: a linear map of one-hot rows, stored as (vocabulary, width). Inputs here are its width, outputs
     the vocabulary, as the LM head that may share its weight has them.

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pipeline.models.adapters import at_work, refuse_unknown_adapters
 from pipeline.models.experts import Experts, Router, experts_of, is_experts
-from pipeline.models.layer import Embedding, Layer, TransposedLayer, shape_of
+from pipeline.models.layer import AnswerHead, Embedding, Layer, TransposedLayer, shape_of
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def layers_of(model: PreTrainedModel) -> Layers:
     refuse_unknown_adapters(model)
     names = _parameter_names(model)
     every = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module, names))}
-    linear = {name: layer for name, layer in every.items() if layer.trained}
+    head = head_of(model)
+    linear = {name: head if name == head.name else layer for name, layer in every.items() if layer.trained}
     words = words_of(model)
     scored = _weights_of([*linear.values(), words])
     others = {
@@ -97,7 +98,7 @@ def layers_of(model: PreTrainedModel) -> Layers:
             unknown[name] = shape
     if unknown:
         raise ValueError(_unscored(model, unknown))
-    layers = Layers(linear, head_of(model), words, left_out)
+    layers = Layers(linear, head, words, left_out)
     if not layers.weights:
         raise ValueError(
             "nothing that is trained could be scored: no linear layer and no word embedding is among it. Train one of "
@@ -131,12 +132,17 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def head_of(model: PreTrainedModel) -> Layer:
-    """The LM head. Raises ValueError where the model has none."""
-    head = at_work(model.get_output_embeddings())
+    """The LM head, or a classifier's last layer. Raises ValueError where the model has none."""
+    head, names = at_work(model.get_output_embeddings()), _parameter_names(model)
+    found = None
     for name, module in model.named_modules():
         if module is head and _is_linear(module):
-            return _linear(name, module, _parameter_names(model))
-    raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
+            return _linear(name, module, names)
+        if head is None and isinstance(module, nn.Linear) and module.out_features == model.config.num_labels:
+            found = AnswerHead(name, module, names[id(module.weight)], module.in_features, module.out_features)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} has no linear LM head, which every influence estimator needs")
+    return found
 
 
 def words_of(model: PreTrainedModel) -> Embedding:

@@ -1,4 +1,4 @@
-"""The causal LM from transformers, with or without ZeRO-3; its linear layers and its head."""
+"""The model from transformers, with or without ZeRO-3."""
 
 import copy
 import json
@@ -11,24 +11,28 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.initialization import no_init_weights
 from transformers.integrations import HfDeepSpeedConfig, is_deepspeed_zero3_enabled
 
+from pipeline.config.answers import Answers
 from pipeline.config.paths import pretrained
 from pipeline.config.schema import ModelConfig
 from pipeline.models.adapters import add_adapter, add_alike
+from pipeline.models.classifier import classifying, kind_of, with_answers
 from pipeline.models.dropout import set_dropout
 from pipeline.models.trainable import freeze_alike, freeze_all_but
 from pipeline.models.weights import check_weights, dequantized
 
 
-def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None) -> PreTrainedModel:
-    """The model in float32 (DeepSpeed casts it), in training mode, with an adapter and frozen as `config` says;
-    partitioned from the start under ZeRO-3.
+def load_model(
+    config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] | None = None, answers: Answers | None = None
+) -> PreTrainedModel:
+    """The causal LM, or with `answers` the classifier of texts, in float32 (DeepSpeed casts it), in training mode, with
+    an adapter and frozen as `config` says; partitioned from the start under ZeRO-3.
 
     `name_or_path` is a hub id, a directory or GGUF file with weights, or a `*.json` model config: then the weights are
     random, from `seed`. Raises ValueError where there is no such model, or its weights are not all there.
     """
     if not config.name_or_path.endswith(".json"):
         try:
-            check_weights(config)  # before partitions are made: there, transformers names less
+            check_weights(config, answers)  # before partitions are made: there, transformers names less
         except OSError as error:
             raise _no_model(config, error) from error
     # Alive while the model is made, this makes transformers load and initialise ZeRO-3 partitions correctly, tied
@@ -37,11 +41,11 @@ def load_model(config: ModelConfig, seed: int, deepspeed_config: dict[str, Any] 
     torch.manual_seed(seed)
     try:
         if config.name_or_path.endswith(".json"):
-            model = _from_scratch(config, zero3=is_deepspeed_zero3_enabled())
+            model = _from_scratch(config, answers, zero3=is_deepspeed_zero3_enabled())
         else:
             name, options = pretrained(config.name_or_path)
-            options = dequantized(options) | _attention(config)
-            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, **options)
+            options = dequantized(options) | _attention(config) | classifying(config, answers)
+            model = kind_of(answers).from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise _no_model(config, error) from error
     del zero3
@@ -72,19 +76,19 @@ def model_without_weights(config: ModelConfig, dtype: torch.dtype) -> PreTrained
     return _for_training(model, config)
 
 
-def small_twin(config: ModelConfig, model: PreTrainedModel) -> PreTrainedModel:
+def small_twin(config: ModelConfig, model: PreTrainedModel, answers: Answers | None = None) -> PreTrainedModel:
     """A model of `model`'s architecture with random weights, whole in float32 on the CPU, of two blocks where its
     config can be cut so far, with adapters and frozen where `model` is; for what depends on the architecture only. Not
     while ZeRO-3 partitions what is made."""
-    twin = _small(config)
+    twin = _small(config, answers)
     if config.peft is not None:
         add_alike(twin, model, config.peft)
     freeze_alike(twin, model)
     return twin.train()
 
 
-def _small(config: ModelConfig) -> PreTrainedModel:
-    settings = _settings(config)
+def _small(config: ModelConfig, answers: Answers | None) -> PreTrainedModel:
+    settings = _settings(config, answers)
     whole = copy.deepcopy(settings)
     blocks = settings.num_hidden_layers
     try:
@@ -92,9 +96,9 @@ def _small(config: ModelConfig) -> PreTrainedModel:
             if isinstance(value, list) and len(value) == blocks:
                 setattr(settings, key, value[:_TWIN_BLOCKS])
         settings.num_hidden_layers = min(blocks, _TWIN_BLOCKS)
-        return AutoModelForCausalLM.from_config(settings, dtype=torch.float32, **_attention(config))
+        return kind_of(answers).from_config(settings, dtype=torch.float32, **_attention(config))
     except (AttributeError, ValueError, TypeError, IndexError, AssertionError):
-        return AutoModelForCausalLM.from_config(whole, dtype=torch.float32, **_attention(config))
+        return kind_of(answers).from_config(whole, dtype=torch.float32, **_attention(config))
 
 
 _TWIN_BLOCKS = 2
@@ -130,22 +134,24 @@ def _attention(config: ModelConfig) -> dict[str, str]:
     return {"attn_implementation": config.attn_implementation} if config.attn_implementation else {}
 
 
-def _settings(config: ModelConfig) -> PreTrainedConfig:
+def _settings(config: ModelConfig, answers: Answers | None = None) -> PreTrainedConfig:
     """transformers' config of the model."""
     name, options = pretrained(config.name_or_path)
     if name.endswith(".json"):
-        return AutoConfig.for_model(**json.loads(Path(name).read_text()))
-    return AutoConfig.from_pretrained(name, **options)
+        settings = AutoConfig.for_model(**json.loads(Path(name).read_text()))
+    else:
+        settings = AutoConfig.from_pretrained(name, **options)
+    return with_answers(settings, answers) if answers else settings
 
 
-def _from_scratch(config: ModelConfig, zero3: bool) -> PreTrainedModel:
+def _from_scratch(config: ModelConfig, answers: Answers | None, zero3: bool) -> PreTrainedModel:
     """Random weights that are a function of the seed, not of the ZeRO stage, nor of the device.
 
     Under ZeRO-3 transformers initialises every module once, when all are there, on the accelerator; elsewhere torch has
     drawn weights for each as it was made, before. Those draws are left out, so both begin at the same one.
     """
     with DrawnOnCpu() if zero3 else no_init_weights():
-        model = AutoModelForCausalLM.from_config(_settings(config), dtype=torch.float32, **_attention(config))
+        model = kind_of(answers).from_config(_settings(config, answers), dtype=torch.float32, **_attention(config))
     if not zero3:
         model.initialize_weights()
         model.tie_weights()

@@ -5,18 +5,21 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedModel
 
+from pipeline.config.answers import Answers
 from pipeline.config.schema import Config, ModelConfig
 from pipeline.models.load import load_model
 
 
-def load_reference_model(config: Config, deepspeed_config: dict[str, Any]) -> PreTrainedModel:
+def load_reference_model(
+    config: Config, deepspeed_config: dict[str, Any], answers: Answers | None = None
+) -> PreTrainedModel:
     """`influence.reference_model`, loaded as the model itself is. Raises ValueError where there is none, or where its
     tokenizer is not the one that the data were prepared with."""
     name = config.influence.reference_model
     assert name is not None
     refuse_other_tokenizer(name, Path(config.data.prepared_dir, "tokenizer"))
     try:
-        return load_model(ModelConfig(name_or_path=name), config.seed, deepspeed_config)
+        return load_model(ModelConfig(name_or_path=name), config.seed, deepspeed_config, answers)
     except ValueError as error:
         raise ValueError(str(error).replace("model.name_or_path", "influence.reference_model")) from error
 

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, GgufConfig
+from transformers import GgufConfig
 
+from pipeline.config.answers import Answers
 from pipeline.config.paths import pretrained
 from pipeline.config.schema import ModelConfig
+from pipeline.models.classifier import classifying, is_of_head, kind_of
 
 POINTERS = {
     b"version https://git-lfs.github.com/spec/": "`git lfs pull`",
@@ -20,17 +22,24 @@ POINTERS = {
 }
 
 
-def check_weights(config: ModelConfig) -> None:
+def check_weights(config: ModelConfig, answers: Answers | None = None) -> None:
     """Raises ValueError where the model's files were never fetched, are cut or corrupt, have other shapes than its
     config says, or hold too few weights or too many. Compares names and shapes on the meta device, which takes seconds
     and no memory, and is the same on every rank at every ZeRO stage."""
     name, options = pretrained(config.name_or_path)
     refuse_pointers(name)
     with one_sentence(config):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, device_map="meta", output_loading_info=True, **dequantized(options)
+        loaded: Any = kind_of(answers).from_pretrained(
+            name,
+            device_map="meta",
+            output_loading_info=True,
+            **dequantized(options),
+            **classifying(config, answers),
         )
-    refuse_incomplete(config, loaded[1])
+    model, found = loaded
+    if answers:
+        found = _of_body(config, found, model.base_model_prefix)
+    refuse_incomplete(config, found)
 
 
 def dequantized(options: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +93,17 @@ def one_sentence(config: ModelConfig) -> Iterator[None]:
                 f"({str(error).splitlines()[0]}); fetch them again"
             ) from error
         raise
+
+
+def _of_body(config: ModelConfig, found: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The loading info without the heads, of which one is made anew and another left behind; says so."""
+    new = [name for name in found["missing_keys"] if is_of_head(name, prefix)]
+    old = [name for name in found["unexpected_keys"] if is_of_head(name, prefix)]
+    if new or old:
+        parts = [f"{_names(new)} made anew, at random" * bool(new), f"{_names(old)} left behind" * bool(old)]
+        print(f"{config.name_or_path}, as a classifier: {'; '.join(filter(None, parts))}", flush=True)
+    return {key: [name for name in names if not is_of_head(name, prefix)] for key, names in found.items()
+            if key in ("missing_keys", "unexpected_keys")}  # fmt: skip
 
 
 def refuse_incomplete(config: ModelConfig, found: dict[str, Any]) -> None:

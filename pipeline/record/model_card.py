@@ -12,6 +12,7 @@ from huggingface_hub import ModelCardData
 from pipeline.config.schema import Config
 from pipeline.data.hub import hub_corpus
 from pipeline.record import ledger, subset_rates
+from pipeline.record.headline import WORDS, headline
 
 PAPER = "https://arxiv.org/abs/2510.16007"
 
@@ -33,7 +34,7 @@ def model_card(
         base_model=None if scratch or Path(base).exists() else base,
         datasets=[corpus.name for source in sources if (corpus := hub_corpus(source))] or None,
         library_name="peft" if config.model.peft else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if config.task.classifies else "text-generation",
     )
     began = f"A model of `{base}`, from scratch" if scratch else f"`{base}`, trained further"
     tokens = sum(rows["tokens"].to_pylist())
@@ -71,16 +72,17 @@ def _subsets(rows: pa.Table, unit: str) -> str:
 
 
 def _held_out(evaluations: Mapping[int, dict[str, Any]], step: int) -> str:
-    """Bits per byte by subset, before the first step and at `step`, as far as they are known; else empty."""
+    """Bits per byte, or accuracy, by subset, before the first step and at `step`, where they are known; else empty."""
     before, after = evaluations.get(0), evaluations.get(step)
     if after is None:
         return ""
     every = {"all": after["all"], **after["subsets"]}
-    lines = [f"| {name} | {_bits(before, name)} | {row['bits_per_byte']:.3f} |" for name, row in every.items()]
-    head = ["| held-out text | bits/byte before | after |", "|---|---|---|"]
+    key = headline(after)
+    lines = [f"| {name} | {_figure(before, name, key)} | {row[key]:.3f} |" for name, row in every.items()]
+    head = [f"| held-out text | {WORDS[key]} before | after |", "|---|---|---|"]
     return "\n".join(["## Held-out text\n", *head, *lines])
 
 
-def _bits(figures: dict[str, Any] | None, name: str) -> str:
+def _figure(figures: dict[str, Any] | None, name: str, key: str) -> str:
     found = figures and {"all": figures["all"], **figures["subsets"]}.get(name)
-    return f"{found['bits_per_byte']:.3f}" if found else "-"
+    return f"{found[key]:.3f}" if found else "-"

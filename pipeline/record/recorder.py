@@ -62,6 +62,7 @@ class Recorder:
             unit=config.influence.unit,
             mixed=samples.mixture is not None,
             moving=moving,
+            answers=config.task.classifies,
             monitor=monitor,
         )
         self._mixture = mixture_log.MixtureLog(run_dir, step) if moving else None

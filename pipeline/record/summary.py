@@ -7,15 +7,16 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.record import subset_rates
+from pipeline.record.headline import WORDS, headline
 
 
 def print_summary(summary: dict[str, Any]) -> None:
-    """The end of a run on one screen: held-out bits per byte before and after, units scored and removed, by subset."""
+    """The end of a run on one screen: the held-out figure before and after, units scored and removed, by subset."""
     before, after = summary["evaluation_before"], summary["evaluation_after"]
     units = summary["units_by_subset"]
     table = Table(title=f"{summary['run_dir']}: {summary['steps']} steps", title_justify="left")
     table.add_column("subset")
-    for name in ("bits/byte before", "after", "units", "removed", "removed %"):
+    for name in (f"{WORDS[headline(after)]} before", "after", "units", "removed", "removed %"):
         table.add_column(name, justify="right")
     for subset in sorted({*units, *(before or {}).get("subsets", {})}):
         scored, removed = units.get(subset, (0, 0))
@@ -40,7 +41,7 @@ def print_summary(summary: dict[str, Any]) -> None:
 
 def _bits(before: dict[str, Any] | None, after: dict[str, Any] | None, subset: str | None) -> list[str]:
     found = [e and (e["subsets"].get(subset) if subset else e["all"]) for e in (before, after)]
-    return [f"{e['bits_per_byte']:.3f}" if e else "-" for e in found]
+    return [f"{e[headline(after)]:.3f}" if e else "-" for e in found]
 
 
 def _percent(part: float, whole: float) -> str:

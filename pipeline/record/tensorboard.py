@@ -11,6 +11,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from pipeline.record import ledger, subset_rates
+from pipeline.record.headline import headline
 
 SHOWN_SUBSETS = 32
 """Subsets with curves of their own; the rest of hundreds share one, or the files grow without bound."""
@@ -26,11 +27,12 @@ _TEXTS = 4
 _TEXT_CHARACTERS = 1500
 
 
-def _layout(held_out: bool, audited: bool, mixed: bool, moving: bool) -> dict[str, dict[str, list[Any]]]:
+def _layout(held_out: bool, audited: bool, mixed: bool, moving: bool, answers: bool) -> dict[str, dict[str, list[Any]]]:
     """One tab, "Custom scalars", that shows what was removed at a glance; without charts that would stay empty."""
     training = {
         "loss of what was kept": ["Multiline", ["train/loss"]],
-        "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]] if held_out else None,
+        "held-out bits per byte": ["Multiline", ["validation/bits_per_byte/.*"]] if held_out and not answers else None,
+        "held-out accuracy": ["Multiline", ["validation/accuracy/.*"]] if held_out and answers else None,
         "scores against what losses did": ["Multiline", ["influence/audit_pearson"]] if audited else None,
         "share of the trained tokens by source": ["Multiline", ["trained_share_by_source/.*"]] if mixed else None,
         "weights of the sources": ["Multiline", ["mixture/.*"]] if moving else None,
@@ -56,8 +58,9 @@ class TensorBoard:
 
     Counts by subset go on from those in `rows`, the ledger so far; events after `step` are purged. `subsets`, the
     largest first: the first `SHOWN_SUBSETS` of them, then of the ledger's, have curves; the rest is `other`.
-    `held_out`, `audited`, `mixed` (of sources), `moving` (their weights): whether there will be such figures. `unit`:
-    `influence.unit`, which is what is counted. `monitor` is shown all scalars, by their own tags.
+    `held_out`, `audited`, `mixed` (of sources), `moving` (their weights), `answers` (of a classifier): whether there
+    will be such figures. `unit`: `influence.unit`, which is what is counted. `monitor` is shown all scalars, by their
+    own tags.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class TensorBoard:
         unit: str = "sequence",
         mixed: bool = False,
         moving: bool = False,
+        answers: bool = False,
         monitor: Callable[[Mapping[str, float]], None] | None = None,
     ) -> None:
         self._unit, self._monitor = unit, monitor
@@ -81,7 +85,7 @@ class TensorBoard:
         self._count(rows)
         self._step = step
         self._seen_standing_out = {(row["subset"], row["stands_out"]) for row in self._standing_out()}
-        self._writer.add_custom_scalars(_layout(held_out, audited, mixed, moving))
+        self._writer.add_custom_scalars(_layout(held_out, audited, mixed, moving, answers))
 
     @property
     def removed(self) -> int:
@@ -144,7 +148,7 @@ class TensorBoard:
         if rest := [row for name, row in rows.items() if name not in own]:
             shown[OTHER] = _together(rest)
         for name, row in shown.items():
-            self.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", "bits_per_byte")}, step)
+            self.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", headline(figures))}, step)
 
     def by_subset(self) -> dict[str, tuple[int, int]]:
         """(units, removed) since the run began, of the subsets that are shown; all others are `other` together."""
@@ -197,8 +201,11 @@ class TensorBoard:
 
 
 def _together(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """The figures of several subsets as one: nats per token predicted, and bits per byte of these."""
+    """The figures of several subsets as one: nats per token predicted, and bits per byte of these;
+    of answers nats per text, and accuracy."""
     nats, tokens = sum(row["loss"] * row["tokens"] for row in rows), sum(row["tokens"] for row in rows)
+    if all("accuracy" in row for row in rows):
+        return {"loss": nats / tokens, "accuracy": sum(row["accuracy"] * row["tokens"] for row in rows) / tokens}
     ratios = [row["bits_per_byte"] / row["loss"] if row["loss"] else math.inf for row in rows]
     size = sum(row["tokens"] / ratio for row, ratio in zip(rows, ratios, strict=True))
     return {"loss": nats / tokens, "bits_per_byte": nats / size if size else 0.0}

@@ -1,7 +1,7 @@
-"""Held-out loss, perplexity and bits per byte, by subset."""
+"""Held-out loss by subset; perplexity and bits per byte of text, accuracy of answers."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import datasets
@@ -11,9 +11,12 @@ from torch import Tensor
 
 from pipeline.config.schema import Config
 from pipeline.data.batch import IGNORE, PADDING, next_token_labels, to_device
-from pipeline.data.prepared import load_report, load_split
-from pipeline.engine import collectives, deepspeed_engine
+from pipeline.data.prepared import load_answers, load_report, load_split
+from pipeline.data.samples import Samples
+from pipeline.engine import collectives, deepspeed_engine, launch
+from pipeline.influence.micro_batch import forward_logits
 from pipeline.tasks.causal_lm import token_losses
+from pipeline.tasks.classification import answer_losses
 
 
 @torch.no_grad()
@@ -68,18 +71,52 @@ def evaluate(
     }
 
 
+@torch.no_grad()
+def evaluate_answers(
+    model: Callable[..., Any], samples: Samples, texts: int, subsets: Sequence[str], batch_size: int
+) -> dict[str, Any]:
+    """The same of a classifier, over all `texts` of `samples`: `loss` in nats per text, `accuracy`, the share of texts
+    whose label has the largest logit, and `tokens`, how many texts there are."""
+    number = {name: index for index, name in enumerate(subsets)}
+    world, rank, device = collectives.world_size(), collectives.rank(), launch.device()
+    totals_S3 = torch.zeros(len(number), 3, dtype=torch.float64, device=device)
+    for start in range(0, texts, world * batch_size):
+        mine = list(range(start + rank * batch_size, min(start + (rank + 1) * batch_size, texts)))
+        batch = samples.batch_at(mine or [0], device)
+        logits_BC = forward_logits(model, batch)
+        losses_BT, _ = answer_losses(logits_BC, batch.labels_BT)
+        right_B = logits_BC.argmax(1) == batch.labels_BT.amax(1)
+        of_subset_B = torch.tensor([number[unit.subset] for unit in batch.units], device=device)
+        found_B3 = torch.stack([losses_BT.sum(1), right_B, torch.ones_like(right_B)], dim=1).double()
+        totals_S3.index_add_(0, of_subset_B, found_B3 * bool(mine))
+    totals_S3 = collectives.all_reduce_sum(totals_S3).cpu()
+
+    def figures(loss: float, right: float, texts: float) -> dict[str, float]:
+        return {"loss": loss / texts, "accuracy": right / texts, "tokens": int(texts)}
+
+    return {
+        "all": figures(*totals_S3.sum(0).tolist()),
+        "subsets": {name: figures(*row) for name, row in zip(subsets, totals_S3.tolist(), strict=True) if row[2]},
+    }
+
+
+def held_out(model: Callable[..., Any], config: Config, batch_size: int) -> dict[str, Any]:
+    """Held-out figures of a model in evaluation mode, with what belongs to the task. Collective."""
+    directory = config.data.prepared_dir
+    rows, sizes = load_split(directory, "eval"), load_report(directory)["eval"]["subsets"]
+    if answers := load_answers(directory):
+        samples = Samples(rows, config.seed, "sequence", answers=answers)
+        return evaluate_answers(model, samples, len(rows), sorted(sizes), batch_size)
+    logits_of = lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits  # noqa: E731
+    return evaluate(logits_of, rows, sizes, batch_size, launch.device())
+
+
 def evaluate_engine(ds_engine: deepspeed_engine.DeepSpeedEngine, config: Config) -> dict[str, Any] | None:
     """Held-out figures of the model in training, at any ZeRO stage; None where nothing is held out. Collective."""
     if not config.data.holds_out:
         return None
     ds_engine.eval()
-    figures = evaluate(
-        lambda ids_BT: ds_engine(input_ids=ids_BT, use_cache=False).logits,
-        load_split(config.data.prepared_dir, "eval"),
-        load_report(config.data.prepared_dir)["eval"]["subsets"],
-        ds_engine.train_micro_batch_size_per_gpu(),
-        ds_engine.device,
-    )
+    figures = held_out(ds_engine, config, ds_engine.train_micro_batch_size_per_gpu())
     ds_engine.train()
     return figures
 

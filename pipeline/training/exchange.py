@@ -20,6 +20,7 @@ class Sequences:
     labels_RT: Tensor
     weights_RT: Tensor
     others: dict[str, Tensor]
+    padding: int
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -32,7 +33,7 @@ class Sequences:
             for index, row in enumerate(rows)
         ]
         others = {name: values[rows] for name, values in self.others.items()}
-        return Batch(self.input_ids_RT[rows], self.labels_RT[rows], units, others), self.weights_RT[rows]
+        return Batch(self.input_ids_RT[rows], self.labels_RT[rows], units, others, self.padding), self.weights_RT[rows]
 
 
 def exchange(batches: Sequence[Batch], weights: Sequence[Tensor], wanted: list[int]) -> Sequences:
@@ -58,11 +59,13 @@ def exchange(batches: Sequence[Batch], weights: Sequence[Tensor], wanted: list[i
     positions = torch.tensor([[position] for position, *_ in own], dtype=torch.long, device=device)
     found = collectives.all_gather_rows(positions.view(-1, 1))[:, 0].tolist()
     order = torch.tensor([found.index(position) for position in wanted], device=device)
-    ids_RT = gathered([batch.input_ids_BT[row] for _, batch, row, _ in own], batches[0].input_ids_BT, 0)
+    ids_RT = gathered(
+        [batch.input_ids_BT[row] for _, batch, row, _ in own], batches[0].input_ids_BT, batches[0].padding
+    )
     labels_RT = gathered([batch.labels_BT[row] for _, batch, row, _ in own], batches[0].labels_BT, IGNORE)
     weights_RT = gathered([weights_BT[row] for _, _, row, weights_BT in own], weights[0], 0)
     others = {
         name: gathered([batch.others[name][row] for _, batch, row, _ in own], like, 0)
         for name, like in batches[0].others.items()
     }
-    return Sequences(wanted, ids_RT, labels_RT, weights_RT, others)
+    return Sequences(wanted, ids_RT, labels_RT, weights_RT, others, batches[0].padding)

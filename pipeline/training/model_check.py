@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from pipeline.config.answers import Answers
 from pipeline.config.schema import Config
 from pipeline.engine import collectives
 from pipeline.influence.check_model import check_model, refuse_seeing_ahead
@@ -18,18 +19,19 @@ LARGEST = 500_000_000
 """Parameters of a model that is checked itself; of a larger one, or a partitioned one, a small twin is."""
 
 
-def check_before_training(config: Config, model: PreTrainedModel) -> None:
+def check_before_training(config: Config, model: PreTrainedModel, answers: Answers | None = None) -> None:
     """Refuse a model that is not causal, or whose true gradients `ghost` would not see (`influence.check_model`);
     print whether dropout is active. Collective: rank 0 looks, all ranks raise or none does."""
-    if said := collectives.on_rank_0(lambda: _look(config, model)):
+    if said := collectives.on_rank_0(lambda: _look(config, model, answers)):
         print(said, flush=True)
 
 
-def _look(config: Config, model: PreTrainedModel) -> str:
+def _look(config: Config, model: PreTrainedModel, answers: Answers | None) -> str:
     partitioned = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
     large = partitioned or sum(parameter.numel() for parameter in model.parameters()) > LARGEST
-    looked_at = small_twin(config.model, model) if large else model
-    refuse_seeing_ahead(looked_at)
+    looked_at = small_twin(config.model, model, answers) if large else model
+    if answers is None:  # a classifier may see all of a text
+        refuse_seeing_ahead(looked_at)
     if config.influence.estimator == "ghost" and config.influence.check_model:
         check_model(looked_at)
     return noisy_forward(model)

@@ -14,7 +14,7 @@ from pipeline.data.batch import Batch
 from pipeline.data.document import Split, document_ids
 from pipeline.data.leave_out import left_out
 from pipeline.data.mixture import plan
-from pipeline.data.prepared import load_fingerprint, load_report, load_split
+from pipeline.data.prepared import load_answers, load_fingerprint, load_report, load_split
 from pipeline.data.samples import Samples, training_samples
 from pipeline.engine import checkpoint_files, collectives, deepspeed_engine
 from pipeline.engine.checkpoints import (
@@ -89,7 +89,7 @@ def begin(config: Config, end: int) -> Run:
     samples = training_samples(
         config.data.prepared_dir, config.seed, config.influence.unit, config.data.mixture, leave_out
     )
-    planned = list[str]()
+    answers, planned = load_answers(config.data.prepared_dir), list[str]()
     if samples.mixture and config.policy.rule != "mixture":
         position, step = 0, 0
         if checkpoint:
@@ -99,13 +99,14 @@ def begin(config: Config, end: int) -> Run:
         planned = plan(samples.mixture, position, step, together * (config.policy.pool or 1), config.max_steps)
     reference = None
     if config.influence.reference == "validation":
-        reference = Samples(load_split(config.data.prepared_dir, "reference"), config.seed, "sequence")
-    model = load_model(config.model, config.seed, settings)
-    check_before_training(config, model)
+        rows = load_split(config.data.prepared_dir, "reference")
+        reference = Samples(rows, config.seed, "sequence", answers=answers)
+    model = load_model(config.model, config.seed, settings, answers)
+    check_before_training(config, model, answers)
     ds_engine = deepspeed_engine.initialize(model, settings)
     reference_model = None
     if config.influence.reference_model:
-        reference_model = deepspeed_engine.frozen(load_reference_model(config, settings), ds_engine, settings)
+        reference_model = deepspeed_engine.frozen(load_reference_model(config, settings, answers), ds_engine, settings)
     scorer = None
     if config.influence.estimator == "ngram":
         assert reference is not None

@@ -68,7 +68,9 @@ def test_help_on_what_there_is_not_is_refused_and_names_the_sections(capsys):
         parse("pipeline.train", ["--help", "polcy"])
     assert stopped.value.code == 2
     told = capsys.readouterr().err
-    assert "--help polcy: there is no such section or key; sections are run, model, data, influence, policy" in told
+    assert (
+        "--help polcy: there is no such section or key; sections are run, model, data, task, influence, policy" in told
+    )
 
 
 def test_a_commands_own_section_is_there_too(capsys):

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from pipeline.config.schema import Config
 from pipeline.data import packing as module
 from pipeline.data.corpus import read_documents
-from pipeline.data.document import Document
+from pipeline.data.document import Document, Encoded
 from pipeline.data.planted import Planter
 from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_report, load_split, prepare
 from pipeline.data.tokenizer import train_tokenizer
@@ -99,8 +99,10 @@ def test_no_token_is_lost_or_repeated_between_packs(tmp_path, gpt2, monkeypatch)
 )  # fmt: skip
 def test_packing_is_concatenation_and_cutting_whatever_the_batches(batches, length):
     counter = iter(range(1, 10_000))
-    encoded = [[(f"s{n}", np.array([next(counter) for _ in range(n)], np.int32)) for n in batch] for batch in batches]
-    flat = [(token, owner, subset) for owner, (subset, ids) in enumerate(chain(*encoded)) for token in ids.tolist()]
+    encoded = [
+        [Encoded(np.array([next(counter) for _ in range(n)], np.int32), f"s{n}") for n in batch] for batch in batches
+    ]
+    flat = [(token, owner, one.subset) for owner, one in enumerate(chain(*encoded)) for token in one.ids.tolist()]
     types = [pa.list_(pa.int32(), length), pa.list_(pa.int64(), length), pa.list_(pa.string())]
     schema = pa.schema(list(zip(["input_ids", "document_ids", "subset"], types, strict=True)))
     packed = [row for batch in module._pack(encoded, length, 0, schema) for row in batch.to_pylist()]
@@ -187,7 +189,7 @@ def test_the_shuffle_is_another_one_in_every_batch(tmp_path, small_tokenizer, mo
 
 def test_batches_are_bounded_by_characters_too():
     documents = [Document("x" * size, "-", "f", 1) for size in (9_000_000, 1, 7_999_998, 1, 1)]
-    assert [len(batch) for batch in module._batches(documents)] == [1, 3, 1]
+    assert [len(batch) for batch in module.batches_of(documents)] == [1, 3, 1]
 
 
 def test_a_text_that_spells_the_end_of_a_document_does_not_end_it(tmp_path, gpt2):
@@ -427,7 +429,7 @@ def stalling(*arguments):
             print("half way", flush=True)
             time.sleep(600)
         yield document
-module.read_documents, module.BATCH_DOCUMENTS = stalling, 20
+split.read_documents, module.BATCH_DOCUMENTS = stalling, 20
 prepare(make_config(Path({str(tmp_path)!r}), {small_tokenizer!r}, {config.data.train_files!r}))
 """
     process = subprocess.Popen(
