@@ -32,3 +32,11 @@ def decays(values: Mapping[str, float]) -> None:
     for key, decay in values.items():
         if not 0 <= decay < 1:
             raise ValueError(f"{key} must lie in [0, 1), not {decay}")
+
+
+def of_causal_lm_alone(task: str, command: str) -> None:
+    if task != "causal_lm":
+        raise ValueError(
+            f"task.kind '{task}' is not for {command}, which counts and compares tokens of packed text: leave it out, "
+            "or use pipeline.train, whose TensorBoard and summary have the seconds of a step and its scoring"
+        )

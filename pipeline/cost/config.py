@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.config.rules import at_least_one, fractions, positive
+from pipeline.config.rules import at_least_one, fractions, of_causal_lm_alone, positive
 from pipeline.config.schema import Config
 
 
@@ -45,3 +45,7 @@ class BenchmarkRun(Config):
 
     benchmark: BenchmarkConfig = BenchmarkConfig()
     """What pipeline.benchmark measures."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_causal_lm_alone(self.task.kind, "pipeline.benchmark")

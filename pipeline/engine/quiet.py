@@ -55,6 +55,6 @@ def silence_bars() -> None:
 def silence_load_report() -> None:
     """The table of weights that a model has and its files have not, or the other way round: `models.weights` says it
     in a line, or refuses. One of shapes that differ is shown."""
-    of_transformers.get_logger("transformers.modeling_utils").addFilter(
+    logging.getLogger("transformers.modeling_utils").addFilter(
         lambda record: "LOAD REPORT" not in record.getMessage() or "MISMATCH" in record.getMessage()
     )

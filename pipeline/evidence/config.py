@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pipeline.config.rules import at_least_one, not_negative
+from pipeline.config.rules import at_least_one, not_negative, of_causal_lm_alone
 from pipeline.config.schema import Config
 
 LOOKAHEAD = "lookahead"
@@ -128,6 +128,7 @@ class FidelityRun(Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        of_causal_lm_alone(self.task.kind, "pipeline.fidelity")
         if self.fidelity.target_sequences and self.data.reference_files is None:
             raise ValueError(
                 "fidelity.target_sequences needs data.reference_files, which is not set; set it, or leave the other out"

@@ -21,8 +21,7 @@ def opening(
         "influence": scored_share(config, model) or _control(config.influence),
         "reference": _reference(config.influence),
         "policy": policy_in_words(config),
-        "corpus": f"{report['sequences']:,} sequences of {config.data.sequence_length:,} tokens out of "
-        f"{report['documents']:,} documents, prepared in {config.data.prepared_dir}",
+        "corpus": _corpus(config, report),
         "step": _step(config, engine),
         "run": _run(config, report["sequences"], engine),
         "output": _output(config),
@@ -97,11 +96,27 @@ def _dropped(policy: PolicyConfig, units: str, scope: str) -> str:
     )
 
 
+def _corpus(config: Config, report: dict[str, Any]) -> str:
+    where, length = f"prepared in {config.data.prepared_dir}", config.data.sequence_length
+    if not config.task.classifies:
+        return (
+            f"{report['sequences']:,} sequences of {length:,} tokens out of {report['documents']:,} documents, {where}"
+        )
+    labels = report["labels"]
+    shown = ", ".join(f"{label} {count:,}" for label, count in list(labels.items())[:8])
+    cut = f"; {report['cut']:,} cut at {length:,} tokens" if report["cut"] else ""
+    flipped = report.get("planted", {}).get("label", 0)
+    noise = f"; {flipped:,} labels were replaced (task.label_noise)" if flipped else ""
+    return f"{report['documents']:,} texts, {len(labels)} labels ({shown}){cut}{noise}; {where}"
+
+
 def _step(config: Config, engine: InfluenceEngine) -> str:
     trained = engine.sequences // (config.policy.pool or 1)
     each = engine.micro_batches // (config.policy.pool or 1)
     parts = f"{engine.size} sequences x {_many(engine.ranks, 'rank')} x {_many(each, 'micro-batch', 'es')}"
     read = f"; {engine.sequences:,} sequences are read for it" if config.policy.pool else ""
+    if config.task.classifies:
+        return f"{trained:,} texts: {parts.replace(' sequences', '')}{read}"
     return f"{trained * config.data.sequence_length:,} tokens: {parts}{read}"
 
 

@@ -10,6 +10,7 @@ from pipeline.config.cli import to_dict, to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.schema import Config, SourceConfig
 from pipeline.cost.config import BenchmarkRun
+from pipeline.evidence.config import FidelityRun
 from pipeline.influence.table import check_config
 from pipeline.train import parse
 from tests.runs import ADAM, deepspeed_json
@@ -281,6 +282,26 @@ REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         [{"run_dir": "run"}],
     ),
     (
+        {"task__label_noise": 0.4},
+        "task.label_noise is for task.kind 'sequence_classification': set that, or leave it out",
+        [{"task__label_noise": None}, {"task__kind": "sequence_classification"}],
+    ),
+    (
+        {"task__kind": "sequence_classification", "influence__unit": "document"},
+        "influence.unit document is for packed text, and task.kind is 'sequence_classification': leave it out",
+        [{"influence__unit": None}],
+    ),
+    (
+        {"task__kind": "sequence_classification", "data__eos": True},
+        "data.eos is for packed text, and task.kind is 'sequence_classification': leave it out",
+        [{"data__eos": None}],
+    ),
+    (
+        {"task__kind": "sequence_classification", "influence__estimator": "residual"},
+        "task.kind 'sequence_classification' is not for estimator 'residual'. Set it to causal_lm, or choose lai or",
+        [{"influence__estimator": "lai"}, {"influence__estimator": "loss", "policy__rule": "rate"}],
+    ),
+    (
         {"deepspeed_config": "overlap.json", "influence__estimator": "ghost"},
         "estimator 'ghost' owns the end of the accumulation, which DeepSpeed allows with overlap_comm at ZeRO 2 and 3",
         [{"deepspeed_config": "adam.json"}],
@@ -407,3 +428,13 @@ def test_every_shipped_config_is_accepted(file, monkeypatch):
 @pytest.mark.parametrize("file", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.name)
 def test_every_shipped_deepspeed_json_is_accepted(file, options):
     assert parsed(options, deepspeed_config=file)
+
+
+def test_commands_of_packed_text_refuse_a_classifier(options, capsys):
+    """They would count, and compare, another model than the run trains."""
+    arguments = [f"--{name}={value}" for name, value in options.items()]
+    for command, kind in (("pipeline.benchmark", BenchmarkRun), ("pipeline.fidelity", FidelityRun)):
+        with pytest.raises(SystemExit):
+            cli.parse(command, [*arguments, "--task.kind=sequence_classification"], kind)
+        assert f"task.kind 'sequence_classification' is not for {command}" in capsys.readouterr().err
+        assert cli.parse(command, arguments, kind)
