@@ -18,6 +18,7 @@ export PATH="$PWD/.venv/bin:$PATH"
 named=()
 for arm in "${arms[@]}"; do
   case "$arm" in
+    none*) arm+=,influence.reference=batch ;;
     random* | loss*) arm+=,influence.reference=batch,policy.rule=rate,policy.rate=0.4 ;;
     oracle*) arm+=",influence.reference=batch,influence.oracle_subsets=[!p]*,policy.threshold=0.5" ;;
   esac
