@@ -91,8 +91,11 @@ class Batch:
 
     def placed(self, rows_RD: Tensor, answers: bool = False) -> Tensor:
         """Rows of a classifier's layer -> (N, D), one of each position: one a sequence goes to its labelled position.
-        `answers`: of rows that are of each position, only those of labelled ones count. The others are 0."""
+        `answers`: of rows that are of each position, only those of labelled ones count. The others are 0. Rows of
+        anything else stay what they are."""
         labelled_BT1 = (self.labels_BT != IGNORE)[..., None]
+        if len(rows_RD) not in (len(labelled_BT1), labelled_BT1.numel()):
+            return rows_RD  # nobody knows what they are; who takes them refuses them
         if len(rows_RD) != labelled_BT1.numel():
             rows_BTD = rows_RD[:, None].expand(-1, labelled_BT1.shape[1], -1)
             return rows_BTD.where(labelled_BT1, 0.0).flatten(0, 1)

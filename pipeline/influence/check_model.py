@@ -1,7 +1,8 @@
 """Before the first step: do the gradients that `ghost` sees belong to this model?"""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,12 +13,14 @@ from pipeline.config.schema import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit, next_token_labels
 from pipeline.influence.ghost import Ghost, Weight
-from pipeline.influence.micro_batch import MicroBatch
+from pipeline.influence.hooks import hooks
+from pipeline.influence.layer_inputs import LayerInputs
+from pipeline.influence.micro_batch import MicroBatch, forward_logits
 from pipeline.influence.reference import OfBatch
 from pipeline.influence.scorer import SketchScorer
 from pipeline.influence.sketch import CountSketch, seed_of
-from pipeline.models.layer import AnswerHead, Layer, shape_of
-from pipeline.models.layers import head_of
+from pipeline.models.layer import AnswerHead, Layer
+from pipeline.models.layers import head_of, words_of
 
 TOLERANCE = 1e-3
 _SEQUENCES, _TOKENS, _WIDTH = 2, 16, 4
@@ -78,6 +81,56 @@ def refuse_seeing_ahead(model: PreTrainedModel, seed: int = 0) -> None:
         )
 
 
+@torch.no_grad()
+def refuse_unknown_answers(model: PreTrainedModel, layers: Mapping[str, Layer], seed: int = 0) -> None:
+    """Raises ValueError where a classifier's logits are not its last layer's output at the end of a text, or once a
+    text, or where a layer's rows are not the positions of one text after the other."""
+    batch, training, head, seen = _short(model, seed), model.training, head_of(model), list[Tensor]()
+    other = replace(batch, input_ids_BT=batch.input_ids_BT.clone())
+    other.input_ids_BT[1] = batch.input_ids_BT[0]
+    inputs, sums = LayerInputs(layers, None, seed, model.device, answers=True), list[Tensor]()
+    model.eval()
+    for each in (batch, other):
+        watch = inputs.watch(batch=each)
+        with watch, hooks(after=[(head.module, lambda args, output: seen.append(output))]):
+            logits_BC = forward_logits(model, each)
+        sums.append(watch.take(each.labels_BT.numel())[:_TOKENS].sum(0))
+        at_end = seen[-1][each.labels_BT != IGNORE] if seen[-1].dim() == 3 else seen[-1]
+        if at_end.shape != logits_BC.shape or _apart(at_end, logits_BC):
+            raise ValueError(
+                f"{type(model).__name__} does not answer with its last linear layer at the end of a text, or once a "
+                "text, so no layer's part in an answer could be told: choose influence.estimator loss, random or none"
+            )
+    model.train(training)
+    if _apart(*sums):
+        raise ValueError(
+            f"linear layers of {type(model).__name__} mix texts of a batch, or take them in another order, so no "
+            "text's part could be told: choose influence.estimator loss, random or none"
+        )
+
+
+@torch.no_grad()
+def reads_padding(model: PreTrainedModel, seed: int = 0) -> str:
+    """A sentence where a classifier's answer depends on the padding behind a text; else empty."""
+    batch, training = _short(model, seed), model.training
+    whole = torch.ones_like(batch.input_ids_BT)
+    ids_BT = torch.cat([batch.input_ids_BT, torch.full_like(whole, model.config.pad_token_id)], dim=1)
+    model.eval()
+    alone_BC = model(input_ids=batch.input_ids_BT, attention_mask=whole).logits
+    padded_BC = model(input_ids=ids_BT, attention_mask=torch.cat([whole, torch.zeros_like(whole)], dim=1)).logits
+    model.train(training)
+    if not _apart(padded_BC, alone_BC):
+        return ""
+    return (
+        f"{type(model).__name__} reads padding: its answers, and scores, depend on how long the other texts of a "
+        "micro-batch are"
+    )
+
+
+def _apart(left: Tensor, right: Tensor) -> bool:
+    return float((left - right).abs().max()) > TOLERANCE * float(right.abs().max())
+
+
 class _Apart(Ghost):
     """Every weight's gradient in places of its own, projected to a few numbers."""
 
@@ -93,7 +146,7 @@ class _Apart(Ghost):
 
 def _short(model: PreTrainedModel, seed: int) -> Batch:
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = shape_of(model.get_input_embeddings().weight)[0]
+    vocabulary = words_of(model).outputs
     ids_BT = torch.randint(0, vocabulary, (_SEQUENCES, _TOKENS), generator=generator).to(model.device)
     units = [Unit(row, row, (row * _TOKENS, (row + 1) * _TOKENS), [row], "-") for row in range(_SEQUENCES)]
     labels_BT = next_token_labels(ids_BT)

@@ -24,7 +24,9 @@ def classifying(config: ModelConfig, answers: Answers | None) -> dict[str, Any]:
 
 def with_answers(settings: PreTrainedConfig, answers: Answers) -> PreTrainedConfig:
     """The model's config, with the task's labels and its padding, behind which GPT-style models answer. Raises
-    ValueError where its weights have a head for other labels."""
+    ValueError for an encoder with a decoder, and where its weights have a head for other labels."""
+    if settings.is_encoder_decoder:
+        raise ValueError("it is an encoder with a decoder; give an encoder or a GPT-style model to classify texts with")
     own = list((settings.id2label or {}).values())
     trained = any(name.endswith("ForSequenceClassification") for name in settings.architectures or ())
     if trained and own != answers.classes and own != [f"LABEL_{index}" for index in range(len(answers.classes))]:

@@ -146,9 +146,18 @@ def head_of(model: PreTrainedModel) -> Layer:
 
 
 def words_of(model: PreTrainedModel) -> Embedding:
-    """The word embedding."""
-    words = at_work(model.get_input_embeddings())
-    name = next(name for name, module in model.named_modules() if module is words)
+    """The word embedding. Raises ValueError where the model has none that is a table of words."""
+    try:
+        given = model.get_input_embeddings()
+    except NotImplementedError:  # transformers', of models that read something else
+        given = None
+    words = at_work(given) if isinstance(given, nn.Module) else None
+    name = next((name for name, module in model.named_modules() if module is words), None)
+    if words is None or name is None:
+        raise ValueError(
+            f"{type(model).__name__} has no word embedding that is known here; choose influence.estimator loss, "
+            "random or none"
+        )
     vocabulary, width = shape_of(words.weight)
     return Embedding(name, words, _parameter_names(model)[id(words.weight)], width, vocabulary)
 

@@ -8,11 +8,11 @@ from transformers import PreTrainedModel
 from pipeline.config.answers import Answers
 from pipeline.config.schema import Config
 from pipeline.engine import collectives
-from pipeline.influence.check_model import check_model, refuse_seeing_ahead
-from pipeline.influence.table import CONTROLS
+from pipeline.influence.check_model import check_model, reads_padding, refuse_seeing_ahead, refuse_unknown_answers
+from pipeline.influence.table import CONTROLS, ESTIMATORS
 from pipeline.models.dropout import noisy_forward
 from pipeline.models.layer import shape_of
-from pipeline.models.layers import layers_of
+from pipeline.models.layers import head_of, layers_of
 from pipeline.models.load import small_twin
 
 LARGEST = 500_000_000
@@ -32,9 +32,14 @@ def _look(config: Config, model: PreTrainedModel, answers: Answers | None) -> st
     looked_at = small_twin(config.model, model, answers) if large else model
     if answers is None:  # a classifier may see all of a text
         refuse_seeing_ahead(looked_at)
+    if answers and config.influence.estimator in ESTIMATORS:
+        head = head_of(looked_at)
+        lli = config.influence.estimator == "lli"
+        refuse_unknown_answers(looked_at, {head.name: head} if lli else layers_of(looked_at).linear)
     if config.influence.estimator == "ghost" and config.influence.check_model:
         check_model(looked_at)
-    return noisy_forward(model)
+    said = [reads_padding(looked_at)] if answers else []
+    return "\n".join(filter(None, [*said, noisy_forward(model)]))
 
 
 def scored_share(config: Config, model: PreTrainedModel) -> str:

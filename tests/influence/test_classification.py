@@ -47,11 +47,11 @@ def batch_of(texts: list[list[int]] = TEXTS, labels: list[int] = LABELS) -> Batc
 def inputs_and_gradient(model: Any, text: list[int], label: int, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
     """Of one text alone: what every layer reads, summed over its positions (the head's at the one that answers), and
     the logit gradient by autograd."""
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, list[Tensor]] = {}
     modules = dict(model.named_modules())
 
     def keep(name: str):
-        return lambda _, args: seen.update({name: args[0].detach()})
+        return lambda _, args: seen.setdefault(name, []).append(args[0].detach().flatten(0, -2))
 
     hooks = [modules[name].register_forward_pre_hook(keep(name)) for name in names]
     logits = model(input_ids=torch.tensor([text])).logits
@@ -59,9 +59,8 @@ def inputs_and_gradient(model: Any, text: list[int], label: int, names: list[str
         hook.remove()
     gradient = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([label])), logits)[0][0]
     summed = {}
-    for name, given in seen.items():
-        rows = given.flatten(0, -2)
-        summed[name] = rows[-1] if name == head_of(model).name else rows.sum(0)
+    for name, calls in seen.items():  # some models read a layer several times
+        summed[name] = torch.stack([rows[-1] if name == head_of(model).name else rows.sum(0) for rows in calls])
     return summed, gradient
 
 
@@ -76,7 +75,7 @@ def test_layer_aware_scores_are_those_of_single_texts_without_padding(tiny_model
     found = [inputs_and_gradient(model, *pair, names) for pair in zip(TEXTS, LABELS, strict=True)]
     expected = [
         sum(
-            float(sum(own[name] @ other[name] for name in names) * (own_gradient @ gradient))
+            float(sum((own[name] * other[name]).sum() for name in names) * (own_gradient @ gradient))
             for other, gradient in found
         )
         for own, own_gradient in found

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, T5Config
 
 from pipeline.config.answers import Answers
 from pipeline.config.schema import ModelConfig
+from pipeline.influence.check_model import refuse_unknown_answers
+from pipeline.models.classifier import with_answers
 from pipeline.models.layer import AnswerHead
 from pipeline.models.layers import head_of, layers_of
 from pipeline.models.load import load_model, small_twin
@@ -55,3 +57,25 @@ def test_a_head_for_other_labels_is_refused_and_one_for_the_same_is_gone_on_with
             load_model(saved, 0, answers=Answers(classes, 0))
     again = load_model(saved, 1, answers=ANSWERS)
     assert torch.equal(head_of(again).module.weight, head_of(model).module.weight)  # type: ignore[arg-type]
+
+
+def test_an_encoder_with_a_decoder_is_refused():
+    with pytest.raises(ValueError, match="it is an encoder with a decoder; give an encoder or a GPT-style model"):
+        with_answers(T5Config(), ANSWERS)
+
+
+def test_a_classifier_that_answers_elsewhere_or_mixes_texts_is_refused(tiny_model):
+    """Catches scores of a head that reads another position, and of layers whose rows are not one text's."""
+    model = load_model(ModelConfig(name_or_path=str(tiny_model("bert"))), 0, answers=ANSWERS)
+    refuse_unknown_answers(model, layers_of(model).linear)
+    encoder = model.base_model.encoder
+    with (
+        encoder.layer[1].register_forward_pre_hook(lambda _, args: (args[0].flip(0), *args[1:])),
+        pytest.raises(ValueError, match="linear layers of BertForSequenceClassification mix texts of a batch"),
+    ):
+        refuse_unknown_answers(model, layers_of(model).linear)
+    gpt = load_model(ModelConfig(name_or_path=str(tiny_model("gpt_neo"))), 0, answers=ANSWERS)
+    refuse_unknown_answers(gpt, layers_of(gpt).linear)
+    other = gpt.register_forward_hook(lambda _module, _args, out: setattr(out, "logits", out.logits.flip(0)))
+    with other, pytest.raises(ValueError, match="GPTNeoForSequenceClassification does not answer with its last linear"):
+        refuse_unknown_answers(gpt, layers_of(gpt).linear)
