@@ -62,8 +62,8 @@ def explain_document(run_dir: Path, document: int) -> Explained:
     own = rows[rows["document_id"] == document]
     source = sources.loc[document]
     title = (
-        f"document {document}: {source.file}:{source.line}, subset {source.subset}, {source.tokens} tokens; units that "
-        f"read it: {len(own)}, that trained on it: {int(own['kept'].sum())}"
+        f"document {document}: {source_of(sources, [document])}, subset {source.subset}, {source.tokens} tokens; units "
+        f"that read it: {len(own)}, that trained on it: {int(own['kept'].sum())}"
     )
     shown = own[["step", "micro_step", "epoch", "position", "loss", "score", "weight", "reason"]]
     texts = Texts(config["data"]["prepared_dir"])
@@ -88,10 +88,13 @@ class Texts:
 
 
 def source_of(sources: pd.DataFrame, documents: Any) -> str:
-    """File and line of the first of a unit's documents, and how many more there are."""
+    """File and line of the first of a unit's documents, and how many more there are; of a labelled text its label, and
+    the true one where that was replaced."""
     first = sources.loc[int(documents[0])]
     more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
-    return f"{first.file}:{first.line}{more}"
+    label = f", labelled {first.label}" if "label" in sources else ""
+    true = f" in place of {first.true_label}" if label and first.label != first.true_label else ""
+    return f"{first.file}:{first.line}{more}{label}{true}"
 
 
 def _range(table: pd.DataFrame) -> str:

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 from pipeline.config.schema import Config
 from pipeline.data.prepared import load_answers, load_report, load_split
 from pipeline.evaluate import main as evaluate
+from pipeline.evidence.inspection import inspect_run
 from pipeline.models.load import load_model
 from pipeline.record import ledger
 from pipeline.train import train
@@ -179,6 +180,11 @@ def test_flipped_labels_are_on_record_and_removed_by_the_oracle(one_rank, corpus
     assert 0.2 < sum(flipped) / len(flipped) < 0.6
     assert (~rows.kept).tolist() == flipped
     assert (rows.subset == "planted/label").tolist() == flipped
+    content = inspect_run(tmp_path / "run", rows=3)
+    for row in content["harmful"]:
+        place = places.loc[row["document_ids"][0]]
+        assert row["source"].endswith(f"labelled {place.label} in place of {place.true_label}")
+    assert all(row["source"].endswith(f"labelled {row['subset']}") for row in content["helpful"])
     report = load_report(tmp_path / "noisy")
     assert report["train"]["planted"]["label"] == int((places.label != places.true_label).sum())
     assert "planted" not in report["eval"]
