@@ -348,6 +348,10 @@ class PolicyConfig:
     max_drop_fraction: float = 0.5
     """Never drop more than this fraction of a global micro-batch (rounded down); the worst go first. At 1 a whole
     micro-batch may go: it then adds a zero gradient. (reweight is not bound by it.)"""
+    normalize: Literal["kept", "all"] | None = None
+    """What the sum of the kept tokens' losses is divided by. kept: their number, so every step is as large as any
+    other; all: that of all labelled tokens of the global micro-batch, so dropping half also halves the gradient.
+    Default: kept; of ghost all, which can do no other."""
     stop_after_non_finite: int = 20
     """Stop after so many optimizer steps in a row in which a unit's loss or score was not finite, or DeepSpeed skipped
     an update that was not. (Such units count for nothing; fp16 skips a few steps while it finds its scale.)"""

@@ -167,6 +167,11 @@ def check(
             "observe.audit_every_steps compares scores with how the losses of the same units fell, which "
             f"influence.reference '{influence.reference}' with estimator '{name}' says nothing about; leave it out"
         )
+    if policy.normalize == "kept" and kind.after_backward and policy.rule != "top":
+        raise ValueError(
+            f"policy.normalize 'kept' is not for estimator '{name}', which knows what is kept when the gradient is "
+            "there already: set it to all, or leave it out"
+        )
     if influence.passes == "score_first" and policy.action == "observe":
         raise ValueError(
             "influence.passes 'score_first' saves the training of what is dropped, and policy.action 'observe' drops "

@@ -98,6 +98,11 @@ class Decided:
         return float((self.decision.weights * self.units.tokens).sum())
 
     @property
+    def all_tokens(self) -> float:
+        """How many labelled tokens there are, dropped ones too."""
+        return float(self.units.tokens.sum())
+
+    @property
     def loss(self) -> float:
         """The weighted mean loss of a token, 0 where nothing is kept."""
         if self.tokens is not None:

@@ -8,7 +8,8 @@ from pipeline.training.scoring_pass import ScoringPass
 
 
 class OnePass:
-    """The gradient is the mean over the step's micro-batches of each one's mean over its kept tokens. With
+    """The gradient is the mean over the step's micro-batches of each one's mean over its kept tokens, or with
+    `policy.normalize: all` of its kept tokens' sum over the number of all. With
     `influence.scope: step` all of them are scored before, in forwards of their own."""
 
     def __init__(self, workshop: Workshop, scoring: ScoringPass) -> None:
@@ -26,7 +27,7 @@ class OnePass:
                 # Weight 0 is not enough: 0 * NaN = NaN. Train on the same shapes without what was in them.
                 losses_BT = shop.forward(batch.blank(~part.units.finite[own]), step, m)
                 refuse_broken_weights(losses_BT, step)
-            shop.backward(losses_BT, part.weights_of(batch, shop.rank), part.kept_tokens)
+            shop.backward(losses_BT, part.weights_of(batch, shop.rank), shop.denominator(part))
             norm = deepspeed_engine.take_step(shop.ds_engine)
             decided.append(part)
         return decided, norm

@@ -108,6 +108,10 @@ class Workshop:
             gather = collectives.all_gather_rows
             return decide_by_token(units, scored, self.rank, self.policy, step, self.seed, batch, gather)
 
+    def denominator(self, decided: Decided) -> float:
+        """Of the loss of a micro-batch that is decided before its backward."""
+        return decided.all_tokens if self.policy.normalize == "all" else decided.kept_tokens
+
     def backward(self, losses_BT: Tensor, weights_BT: Tensor, denominator: float) -> None:
         """Of `weighted_mean` over all ranks."""
         self.ds_engine.backward(weighted_mean(losses_BT, weights_BT, denominator, self.world))

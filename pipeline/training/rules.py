@@ -33,6 +33,7 @@ def without_effect(config: Config) -> list[str]:
         "influence.lookahead_step": (influence.estimator == "lookahead", "influence.estimator lookahead"),
         "influence.scope": (policy.rule != "top", "another policy.rule than top"),
         "policy.max_drop_fraction": (policy.rule not in ("top", "mixture"), "policy.rule threshold or rate"),
+        "policy.normalize": (policy.rule not in ("top", "mixture"), "policy.rule threshold or rate"),
         "policy.mixture_rate": (policy.rule == "mixture", "policy.rule mixture"),
         "policy.mixture_floor": (policy.rule == "mixture", "policy.rule mixture"),
         "policy.threshold": (policy.rule == "threshold", "policy.rule threshold"),

@@ -9,8 +9,7 @@ from pipeline.training.scoring_pass import ScoringPass
 
 
 class ScoreFirst:
-    """The gradient is `OnePass`'s: the mean over micro-batches of each one's mean over its kept tokens. The number of
-    backwards is what is kept needs, so the accumulation is ours."""
+    """The gradient is `OnePass`'s. The number of backwards is what is kept needs, so the accumulation is ours."""
 
     def __init__(self, workshop: Workshop, scoring: ScoringPass) -> None:
         self._workshop, self._scoring = workshop, scoring
@@ -20,7 +19,7 @@ class ScoreFirst:
         decided = self._scoring(step, batches)
         weights, kept = [], []
         for batch, part in zip(batches, decided, strict=True):
-            weights.append(part.weights_of(batch, shop.rank) / (part.kept_tokens or 1.0))
+            weights.append(part.weights_of(batch, shop.rank) / (shop.denominator(part) or 1.0))
             kept += part.units.positions[part.decision.weights != 0].unique().tolist()
         # Where nothing is kept anywhere, one backward still has to give the engine its zero gradient.
         sequences = exchange(batches, weights, kept or decided[0].units.positions[:1].tolist())

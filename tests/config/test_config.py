@@ -282,6 +282,11 @@ REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         [{"run_dir": "run"}],
     ),
     (
+        {"influence__estimator": "ghost", "policy__normalize": "kept"},
+        "policy.normalize 'kept' is not for estimator 'ghost', which knows what is kept when the gradient is there",
+        [{"policy__normalize": "all"}, {"policy__normalize": None}, {"influence__estimator": "lai"}],
+    ),
+    (
         {"task__label_noise": 0.4},
         "task.label_noise is for task.kind 'sequence_classification': set that, or leave it out",
         [{"task__label_noise": None}, {"task__kind": "sequence_classification"}],

@@ -67,7 +67,7 @@ def test_exact_scores_in_the_ledger_are_eq_4_over_token_pairs(
 
 def plain_training(config: Config, rows: Any, accumulation: int, clip: float = 0.0) -> dict[str, torch.Tensor]:
     """One process, autograd and SGD over the units that `rows` kept: the mean over micro-batches of each one's
-    mean over its kept tokens."""
+    mean over its kept tokens, or with `policy.normalize: all` their sum over the number of all."""
     model = AutoModelForCausalLM.from_pretrained(config.model.name_or_path, dtype=torch.float32).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=LEARNING_RATE)
     samples = Samples(load_split(config.data.prepared_dir, "train"), config.seed, config.influence.unit)
@@ -77,12 +77,15 @@ def plain_training(config: Config, rows: Any, accumulation: int, clip: float = 0
             positions = part["position"].to_pylist()
             batch = samples.batch(positions[0], positions[-1] - positions[0] + 1, CPU)
             labels = batch.labels_BT.flatten().clone()
+            every = int((labels != IGNORE).sum())
             for unit, kept in zip(batch.units, part["kept"].to_pylist(), strict=True):
                 if not kept:
                     labels[slice(*unit.span)] = IGNORE
             if (labels != IGNORE).any():
                 logits = model(input_ids=batch.input_ids_BT).logits.flatten(0, 1)
-                (torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE) / accumulation).backward()
+                summed = torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+                over = every if config.policy.normalize == "all" else int((labels != IGNORE).sum())
+                (summed / over / accumulation).backward()
         if clip:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
@@ -115,6 +118,30 @@ def test_update_after_dropping_equals_plain_autograd_over_what_was_kept(
     before, after = weights(tiny_model("gpt_neo")), weights(tmp_path / "run" / "model")
     assert largest_difference(before, after) > 1e-2
     assert largest_difference(plain_training(config, rows, accumulation=2), after) < 1e-5
+
+
+@pytest.mark.parametrize("passes", ["one", "score_first"])
+def test_divided_by_all_tokens_the_update_is_smaller_by_what_was_dropped(ranks, corpus, tiny_model, tmp_path, passes):
+    """Catches a key without effect, and a number of tokens that is one rank's."""
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        tiny_model("gpt_neo"),
+        deepspeed_json(tmp_path / "ds.json", 2, accumulation=2),
+        max_steps=2,
+        policy__rule="rate",
+        policy__rate=0.5,
+        policy__normalize="all",
+        influence__estimator="random",
+        influence__passes=passes,
+    )
+    ranks(run, config)
+    rows = ledger.read(tmp_path / "run")
+    assert rows["kept"].to_pylist().count(False) == len(rows) // 2
+    after = weights(tmp_path / "run" / "model")
+    assert largest_difference(plain_training(config, rows, accumulation=2), after) < 1e-5
+    kept_alone = plain_training(replace(config, policy=replace(config.policy, normalize=None)), rows, accumulation=2)
+    assert largest_difference(kept_alone, after) > 1e-3
 
 
 @pytest.mark.parametrize("stage", [0, 3])
