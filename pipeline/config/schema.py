@@ -422,6 +422,9 @@ class ObserveConfig:
     """Optimizer steps between histograms, activation norms and texts in TensorBoard (scalars come at every step)."""
     eval_every_steps: int | None = None
     """Optimizer steps between held-out evaluations. Default: only before and after the run."""
+    compare_with: str | None = None
+    """Directory of a finished run whose held-out figures this run's are held against at the end: one with
+    `influence.estimator: none` shows what removing changed. Default: none."""
     audit_every_steps: int | None = None
     """Optimizer steps between audits: one more forward after the step, for the correlation of the scores with how much
     each unit's loss really fell (`influence/audit_pearson`). Default: never."""
@@ -429,6 +432,7 @@ class ObserveConfig:
     def __post_init__(self) -> None:
         names = ("every_steps", "eval_every_steps", "audit_every_steps")
         at_least_one({f"observe.{name}": getattr(self, name) for name in names})
+        expand(self, "compare_with")
 
 
 @dataclass(frozen=True)
@@ -481,6 +485,11 @@ class Config:
             raise ValueError(
                 "observe.eval_every_steps needs data.eval_files or data.eval_fraction, and neither is set; set one, or "
                 "leave the other out"
+            )
+        if self.observe.compare_with and not self.data.holds_out:
+            raise ValueError(
+                "observe.compare_with compares held-out figures, and neither data.eval_files nor data.eval_fraction is "
+                "set; set one, or leave the other out"
             )
         if self.checkpoint.best_of and not self.observe.eval_every_steps:
             raise ValueError(

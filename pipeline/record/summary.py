@@ -1,5 +1,6 @@
 """The end of a run on one screen."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,14 +17,18 @@ def print_summary(summary: dict[str, Any]) -> None:
     units = summary["units_by_subset"]
     table = Table(title=f"{summary['run_dir']}: {summary['steps']} steps", title_justify="left")
     table.add_column("subset")
-    for name in (f"{WORDS[headline(after)]} before", "after", "units", "removed", "removed %"):
+    other = summary.get("compared_with")
+    names = ("after", f"less {Path(other['run_dir']).name}") if other else ("after",)
+    for name in (f"{WORDS[headline(after)]} before", *names, "units", "removed", "removed %"):
         table.add_column(name, justify="right")
     for subset in sorted({*units, *(before or {}).get("subsets", {})}):
         scored, removed = units.get(subset, (0, 0))
-        table.add_row(subset, *_bits(before, after, subset), str(scored), str(removed), _percent(removed, scored))
+        table.add_row(
+            subset, *_figures(before, after, other, subset), str(scored), str(removed), _percent(removed, scored)
+        )
     scored, removed = (int(number) for number in np.sum([*units.values(), (0, 0)], axis=0))
     table.add_section()
-    table.add_row("all", *_bits(before, after, None), str(scored), str(removed), _percent(removed, scored))
+    table.add_row("all", *_figures(before, after, other, None), str(scored), str(removed), _percent(removed, scored))
     console = Console()
     console.print(table)
     for row in summary["standing_out"]:
@@ -39,9 +44,17 @@ def print_summary(summary: dict[str, Any]) -> None:
     )
 
 
-def _bits(before: dict[str, Any] | None, after: dict[str, Any] | None, subset: str | None) -> list[str]:
+def _figures(
+    before: dict[str, Any] | None, after: dict[str, Any] | None, other: dict[str, Any] | None, subset: str | None
+) -> list[str]:
+    """Before, after, and where there is another run how much more than its after."""
     found = [e and (e["subsets"].get(subset) if subset else e["all"]) for e in (before, after)]
-    return [f"{e[headline(after)]:.3f}" if e else "-" for e in found]
+    key = headline(after)
+    shown = [f"{e[key]:.3f}" if e else "-" for e in found]
+    if other is None:
+        return shown
+    its = other["evaluation"]["subsets"].get(subset) if subset else other["evaluation"]["all"]
+    return [*shown, f"{found[1][key] - its[key]:+.3f}" if found[1] and its else "-"]
 
 
 def _percent(part: float, whole: float) -> str:

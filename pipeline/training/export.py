@@ -12,6 +12,7 @@ from pipeline.config.schema import Config
 from pipeline.engine import collectives, deepspeed_engine
 from pipeline.engine.checkpoints import Progress, best_checkpoint
 from pipeline.record import ledger, subset_rates
+from pipeline.record.comparison import comparison
 from pipeline.record.model_card import model_card
 from pipeline.record.recorder import Recorder
 from pipeline.training.influence_engine import InfluenceEngine
@@ -57,6 +58,7 @@ def _write(
         "evaluation_before": progress.evaluations.get(0),
         "evaluation_after": progress.evaluations.get(engine.step),
         "evaluations": progress.evaluations,
+        "compared_with": comparison(config),
         "units_by_subset": units,
         "standing_out": subset_rates.standing_out(units, independent=config.influence.unit != "token"),
         "scoring_fraction": recorder.close(),

@@ -34,6 +34,7 @@ from pipeline.influence.table import check_effect, owns_accumulation
 from pipeline.models.adapters import adapter_settings
 from pipeline.models.load import load_model
 from pipeline.models.reference_model import load_reference_model
+from pipeline.record.comparison import comparison
 from pipeline.record.recorder import Recorder
 from pipeline.record.starts import Start, keep_start
 from pipeline.training.influence_engine import InfluenceEngine
@@ -74,6 +75,7 @@ def begin(config: Config, end: int) -> Run:
     check_deepspeed_json(config, settings)
     prepare_on_rank_0(config)
     refuse_unknown_best(config)
+    collectives.on_rank_0(lambda: comparison(config))  # before it takes long
     world = collectives.world_size()
     leave_out = left_out(config.data, document_ids(load_report(config.data.prepared_dir)["train"]))
     collectives.agree({"data.leave_out": str(leave_out)})
