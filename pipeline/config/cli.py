@@ -1,12 +1,13 @@
 """The command line: YAML plus dotted overrides to a checked config, and back."""
 
 import errno
+import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import jsonargparse
 import yaml
@@ -16,6 +17,7 @@ from pipeline.config.deepspeed_json import read_deepspeed_config
 from pipeline.config.differences import flat
 from pipeline.config.help import asked_for, help_on
 from pipeline.config.launcher import say
+from pipeline.config.once import say_once
 from pipeline.config.schema import Config
 from pipeline.config.writing import FULL, NotWritten
 
@@ -79,8 +81,18 @@ def parse(
         parser.error(str(error))
 
 
+class _Parser(jsonargparse.ArgumentParser):
+    """Whose refusals are said once a host."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        with redirect_stderr(io.StringIO()) as told, suppress(SystemExit):
+            super().error(message, ex)
+        say_once(told.getvalue().rstrip())
+        sys.exit(2)
+
+
 def _parser(prog: str, kind: type[Config], epilog: str = "") -> jsonargparse.ArgumentParser:
-    parser = jsonargparse.ArgumentParser(
+    parser = _Parser(
         prog=f"python -m {prog}", usage="%(prog)s --config FILE.yaml [--section.key value ...]", epilog=epilog
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below; later options override it.")
@@ -142,7 +154,7 @@ def exit_on_user_error(prog: str) -> Iterator[None]:
         with exit_on_refused_file(prog):
             yield
     except ValueError as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        say_once(f"{prog}: error: {error}")
         sys.exit(2)
 
 
@@ -153,13 +165,13 @@ def exit_on_refused_file(prog: str) -> Iterator[None]:
     try:
         yield
     except NotWritten as error:
-        print(f"{prog}: error: {error}", file=sys.stderr, flush=True)
+        say_once(f"{prog}: error: {error}")
         sys.exit(1)
     except OSError as error:
         if error.filename is None or error.errno not in _REFUSED:
             raise
         files = " and ".join(repr(str(name)) for name in (error.filename, error.filename2) if name is not None)
-        print(f"{prog}: error: {files}: {error.strerror}; {_REFUSED[error.errno]}", file=sys.stderr, flush=True)
+        say_once(f"{prog}: error: {files}: {error.strerror}; {_REFUSED[error.errno]}")
         sys.exit(2)
 
 

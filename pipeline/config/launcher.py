@@ -18,6 +18,13 @@ def say(what: str) -> None:
         print(what, file=sys.stderr, flush=True)
 
 
+def rank_among_several() -> str | None:
+    """This rank, where a launcher says that it started more than one."""
+    worlds = (os.environ.get(name, "") for name in ("WORLD_SIZE", *MPI_WORLDS, "SLURM_STEP_NUM_TASKS"))
+    ranks = (os.environ.get(name, "") for name in ("RANK", *MPI_RANKS, "SLURM_PROCID"))
+    return next(filter(None, ranks), None) if any(world not in ("", "1") for world in worlds) else None
+
+
 def check_environment() -> None:
     """Raises ValueError where a launcher has left half of what ranks need to meet, or two launchers contradict each
     other: every process would then train on its own, as a world of one, or wait for ever."""

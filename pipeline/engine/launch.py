@@ -1,7 +1,9 @@
 """Meeting the other ranks, and this rank's device."""
 
+import contextlib
 import os
 import socket
+import time
 from pathlib import Path
 
 import deepspeed
@@ -11,6 +13,9 @@ from torch.utils import cpp_extension
 
 from pipeline.config import launcher
 from pipeline.engine import collectives, lost_contact, quiet
+
+_TO_LOAD = 5.0
+"""Seconds."""
 
 
 def join_process_group() -> torch.device:
@@ -71,10 +76,13 @@ def join_process_group() -> torch.device:
 
 
 def locks_of_builds() -> list[Path]:
-    """The locks of PyTorch's extension builder. It waits for each other's without end or word, and that of a build
-    that was killed stays."""
+    """The locks of PyTorch's extension builder that are older than it takes to load an op that is built. Processes wait
+    for each other's without end or word, and that of one that was killed stays."""
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    return sorted([*root.glob("*/lock"), *root.glob("*/*/lock")])
+    with contextlib.suppress(FileNotFoundError):  # gone in between
+        locks = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+        return sorted(lock for lock in locks if time.time() - lock.stat().st_mtime > _TO_LOAD)
+    return []
 
 
 def device() -> torch.device:

@@ -1,5 +1,6 @@
 """What is said before ranks meet."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,10 @@ def test_the_lock_of_a_killed_build_is_found_where_torch_puts_it(tmp_path, monke
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / "op.so").touch()
     assert locks_of_builds() == []
-    (tmp_path / place / "lock").touch()
+    lock = tmp_path / place / "lock"
+    lock.touch()
+    assert locks_of_builds() == []  # somebody loads it
+    os.utime(lock, (1, 1))
     assert locks_of_builds() == [tmp_path / place / "lock"]
 
 
@@ -28,6 +32,7 @@ def test_a_run_that_will_wait_for_a_lock_says_so_before(tmp_path):
     lock = Path(tmp_path, "deepspeed_shm_comm", "lock")
     lock.parent.mkdir()
     lock.touch()
+    os.utime(lock, (1, 1))
     code = "from pipeline.engine import launch; launch.join_process_group()"
     settings = environment() | {"TORCH_EXTENSIONS_DIR": str(tmp_path)}
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=settings, stderr=subprocess.PIPE, text=True)
