@@ -95,6 +95,21 @@ def test_sigterm_at_one_rank_becomes_a_checkpoint_at_all_of_them(corpus, tiny_mo
     assert ledger.read(Path(config.run_dir))["step"].to_pylist()[-1] == step
 
 
+@pytest.mark.faults
+def test_ctrl_c_at_the_launcher_becomes_a_checkpoint(corpus, tiny_model, tmp_path):
+    """A terminal sends it to all processes at once; the launcher's traceback and exit code are its own."""
+    config = job(corpus, tmp_path, tiny_model("llama"), "stopped", max_steps=5000, checkpoint__every_steps=5)
+    process = deepspeed("pipeline.train", config)
+    wait_for_step(config, process, 5)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    step = int(re.search(r"stopped by a signal after step (\d+); --resume auto goes on", output).group(1))
+    assert Path(config.run_dir, "checkpoints", "latest").read_text() == f"step-{step}"
+    assert ledger.read(Path(config.run_dir))["step"].to_pylist()[-1] == step
+    assert not rank_processes(config.run_dir)
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120
