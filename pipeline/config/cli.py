@@ -21,7 +21,7 @@ from pipeline.config.once import say_once
 from pipeline.config.schema import Config
 from pipeline.config.writing import FULL, NotWritten
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_parsing_settings(docstring_parse_attribute_docstrings=True, add_print_completion_argument=True)
 
 C = TypeVar("C", bound=Config)
 Rules = Callable[[C, dict[str, Any]], None]
@@ -92,8 +92,11 @@ class _Parser(jsonargparse.ArgumentParser):
 
 
 def _parser(prog: str, kind: type[Config], epilog: str = "") -> jsonargparse.ArgumentParser:
+    program = Path(sys.argv[0]).name
     parser = _Parser(
-        prog=f"python -m {prog}", usage="%(prog)s --config FILE.yaml [--section.key value ...]", epilog=epilog
+        prog=program if program.startswith("lai-") else f"python -m {prog}",  # what shells complete
+        usage="%(prog)s --config FILE.yaml [--section.key value ...]",
+        epilog=epilog,
     )
     parser.add_argument("--config", action="config", help="YAML file of the keys below; later options override it.")
     parser.add_class_arguments(kind)

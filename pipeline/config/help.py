@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 ALL = "all"
 """Topic of every key with all that there is to say of it."""
 
-_COMMON = ("help", "config", "print_config")
+_COMMON = ("help", "config", "print_config", "print_completion")
 _KEY_WIDTH = 40
 
 

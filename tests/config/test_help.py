@@ -6,6 +6,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
 from pipeline.config import cli
 from pipeline.config.help import asked_for
@@ -14,6 +15,7 @@ from pipeline.cost.config import BenchmarkRun
 from pipeline.train import parse
 
 ROOT = Path(__file__).parents[2]
+QUICKSTART = ROOT / "launch" / "quickstart.yaml"
 
 
 def helped(capsys, *arguments: str) -> str:
@@ -71,6 +73,29 @@ def test_help_on_what_there_is_not_is_refused_and_names_the_sections(capsys):
     assert (
         "--help polcy: there is no such section or key; sections are run, model, data, task, influence, policy" in told
     )
+
+
+def test_the_config_is_printed_with_what_each_key_means(capsys):
+    told = helped(capsys, "--config", str(QUICKSTART), "--influence.estimator", "lli", "--print_config=comments")
+    assert "# Where the run lives:" in told
+    assert "  estimator: lli" in told
+    assert yaml.safe_load(told)["influence"]["estimator"] == "lli"
+
+
+def test_editors_get_a_schema_of_every_key_and_its_values(capsys):
+    found = json.loads(helped(capsys, "--print_completion=jsonschema"))["properties"]
+    assert found.keys() - {"$schema"} == {field.name for field in fields(Config)}
+    rules = found["policy"]["properties"]["rule"]
+    assert "mixture" in json.dumps(rules)
+    assert found["policy"]["additionalProperties"] is False
+
+
+def test_shells_complete_the_installed_command(monkeypatch, capsys):
+    """Catches a script for a program of another name, which no shell would ever ask."""
+    monkeypatch.setattr("sys.argv", ["/somewhere/bin/lai-train"])
+    told = helped(capsys, "--print_completion=shtab-bash")
+    assert "--influence.estimator" in told
+    assert re.search(r"complete .* lai-train$", told, re.MULTILINE), told[-300:]
 
 
 def test_a_commands_own_section_is_there_too(capsys):
