@@ -60,6 +60,11 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
     ("llama", 2, {"influence__estimator": "ghost"}),
     ("gpt_neo", 0, {"influence__passes": "score_first"}),
     ("bert", 3, {"influence__passes": "score_first", "influence__estimator": "lookahead"}),
+    ("llama", 0, {"influence__scope": "step", "influence__reference": "running", "influence__sketch": "none"}),
+    ("bert", 2, {"policy__rule": "top", "policy__pool": 2}),
+    ("bert", 1, {"influence__precondition": "adam_state", "influence__estimator": "ghost"}),
+    ("gpt2", 0, {"influence__precondition": "adam_ema"}),
+    ("gpt_neo", 2, {"influence__precondition": "adam_state", "policy__action": "reweight"}),
 ]
 
 
@@ -67,7 +72,8 @@ CASES: list[tuple[str, int, dict[str, Any]]] = [
 def test_two_ranks_decide_and_train_as_one(ranks, one_rank, corpus, tiny_model, tmp_path, kind, stage, chosen):
     """Catches ranks that pad apart and hand over texts whose end a GPT-style model no longer finds, a head that is made
     anew on every rank or stage, and a share of the loss that is not the mean over texts."""
-    optimizer = {"optimizer": ADAM} if chosen.get("influence__estimator") == "lookahead" else {}
+    by_adam = "lookahead" in chosen.values() or "adam_state" in chosen.values()
+    optimizer = {"optimizer": ADAM} if by_adam else {}
     for ranked, number in (("two", 2), ("one", 1)):
         zero = {"zero_optimization": {"stage": stage if number == 2 else 0}}
         deepspeed = deepspeed_json(tmp_path / f"{ranked}.json", micro=4 // number, accumulation=2, **optimizer, **zero)
