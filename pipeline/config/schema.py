@@ -262,6 +262,10 @@ class InfluenceConfig:
     """What is scored and dropped: a packed sequence, or each document's tokens inside it, which takes 4 K G bytes a
     unit; or single tokens (estimators without a sketch), which takes 8 bytes a token on every rank. Of tokens the
     ledger keeps a row a sequence: their mean score, and as weight the share of them that is kept."""
+    positions: Literal["sum", "mean", "first"] = "sum"
+    """lai with `task.kind: sequence_classification`: what of a layer's inputs stands for a text. sum: over its unpadded
+    positions, which is Eq. 4; mean: that over their number, so that long texts weigh no more; first: the first
+    position's, an encoder's [CLS]. (A layer that reads one row a text has that.)"""
     sketch: Literal["none"] | SketchConfig = SketchConfig()
     """Widths of the sketch, or `none`: exact, for small models (one matrix of all input widths x vocabulary a unit)."""
     precondition: Literal["none", "adam_ema", "adam_state"] = "none"

@@ -101,6 +101,16 @@ class Batch:
             return rows_BTD.where(labelled_BT1, 0.0).flatten(0, 1)
         return rows_RD.where(labelled_BT1.flatten(0, 1), 0.0) if answers else rows_RD
 
+    def position_weights(self, positions: str) -> Tensor:
+        """What each position of a text counts in its sum, (N, 1): `influence.positions`; padding counts nothing."""
+        attended_BT = self.attended_BT.float()
+        if positions == "first":
+            attended_BT = torch.zeros_like(attended_BT)
+            attended_BT[:, 0] = 1.0
+        if positions == "mean":
+            attended_BT = attended_BT / attended_BT.sum(1, keepdim=True).clamp(min=1)
+        return attended_BT.flatten()[:, None]
+
     @property
     def attended_BT(self) -> Tensor:
         """True where a position is no padding, as the model is told."""

@@ -53,7 +53,9 @@ class Lai:
         self.head, layers, widths = head_of(model), self._layers(model), config.widths
         self.answers = isinstance(self.head, AnswerHead)
         width = widths.input_width if widths else None
-        self.inputs = LayerInputs(layers, width, seed, device, lambda: timed("layer inputs"), self.answers)
+        self.inputs = LayerInputs(
+            layers, width, seed, device, lambda: timed("layer inputs"), self.answers, config.positions
+        )
         self.logits: CountSketch | None = None
         if widths and widths.logit_width < self.head.outputs:
             self.logits = CountSketch(self.head.outputs, widths.logit_width, seed_of(seed, "logits"), device)

@@ -22,7 +22,8 @@ class LayerInputs:
     so that the products of two sums estimate the sum over layers of a . a' and no activation is stored. Sketches are
     seeded by (seed, layer name).
 
-    `answers`: of a classifier, some of whose layers read one row a sequence (`Batch.placed`).
+    `answers`: of a classifier, some of whose layers read one row a sequence (`Batch.placed`); `positions` then says
+    what the other rows count.
     """
 
     def __init__(
@@ -33,8 +34,9 @@ class LayerInputs:
         device: torch.device,
         timed: Callable[[], AbstractContextManager] = nullcontext,
         answers: bool = False,
+        positions: str = "sum",
     ) -> None:
-        self.layers, self.width, self.timed, self.answers = layers, width, timed, answers
+        self.layers, self.width, self.timed, self.answers, self.positions = layers, width, timed, answers, positions
         self.sketches: dict[str, CountSketch] = {}
         if width is not None:
             for name, layer in layers.items():
@@ -105,7 +107,10 @@ class WatchedInputs:
         with how.timed():
             input_ND = how.layers[name].input_rows((self._shared,))
             if how.answers and self._batch:
-                input_ND = self._batch.placed(input_ND, isinstance(how.layers[name], AnswerHead))
+                head, rows = isinstance(how.layers[name], AnswerHead), len(input_ND)
+                input_ND = self._batch.placed(input_ND, head)
+                if how.positions != "sum" and not head and rows == len(input_ND):
+                    input_ND = input_ND * self._batch.position_weights(how.positions).to(input_ND.dtype)
             dtype = torch.promote_types(input_ND.dtype, torch.float32)
             if self._measured:
                 norm = torch.linalg.vector_norm(input_ND, dtype=dtype)

@@ -24,6 +24,10 @@ def without_effect(config: Config) -> list[str]:
     wants: dict[str, tuple[bool, str]] = {
         "data.reference_files": (influence.reference == "validation", "influence.reference validation"),
         "data.max_eval_sequences": (data.holds_out or bool(data.reference_files), "data.eval_files"),
+        "influence.positions": (
+            config.task.classifies and influence.estimator == "lai",
+            "task.kind sequence_classification with estimator lai",
+        ),
         "influence.running_decay": (influence.reference == "running", "influence.reference running"),
         "influence.validation_sequences": (draws, "influence.reference validation, and not estimator ngram"),
         "influence.validation_every_steps": (draws, "influence.reference validation, and not estimator ngram"),

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 from pipeline.config.schema import Config
@@ -144,6 +145,11 @@ def test_the_exported_model_answers_with_the_labels_as_accurately_as_reported(
     assert after["all"]["accuracy"] == pytest.approx(sum(right) / len(right))
     assert after["all"]["tokens"] == len(documents)
     assert 0.2 < after["all"]["accuracy"] < 1
+    board = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
+    assert board.Scalars("validation/accuracy/all")[-1].value == pytest.approx(after["all"]["accuracy"])
+    assert "validation/accuracy/statistics" in board.Tags()["scalars"]
+    layout = next(tag for tag in board.Tags()["tensors"] if "custom_scalars" in tag)
+    assert b"held-out accuracy" in board.Tensors(layout)[0].tensor_proto.SerializeToString()
     assert "text-classification" in (model / "README.md").read_text()
     assert "accuracy before" in (model / "README.md").read_text()
 

@@ -85,6 +85,38 @@ def test_layer_aware_scores_are_those_of_single_texts_without_padding(tiny_model
     torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt_neo"])
+@pytest.mark.parametrize("positions", ["mean", "first"])
+def test_other_weights_of_positions_are_those_of_single_texts_without_padding(tiny_model, kind, positions):
+    """Catches a mean over padding too, and a pooled layer that is divided by its text's length."""
+    model = classifier(tiny_model(kind))
+    head = head_of(model).name
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    sketches = []
+    for text, label in zip(TEXTS, LABELS, strict=True):
+        seen: dict[str, Tensor] = {}
+        modules = dict(model.named_modules())
+        keep = [
+            modules[name].register_forward_pre_hook(
+                lambda _module, args, name=name: seen.update({name: args[0].detach().flatten(0, -2)})
+            )
+            for name in names
+        ]
+        logits = model(input_ids=torch.tensor([text])).logits
+        for hook in keep:
+            hook.remove()
+        gradient = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([label])), logits)[0][0]
+        of_text = {"mean": lambda rows: rows.mean(0), "first": lambda rows: rows[0]}[positions]
+        inputs = [seen[name][-1] if name == head else of_text(seen[name]) for name in names]
+        sketches.append(torch.outer(torch.cat(inputs), gradient).flatten())
+    whole = torch.stack(sketches)
+    influence = InfluenceConfig(estimator="lai", sketch="none", positions=positions)
+    [scores] = forward_scores(plain_scorer(influence, model, 0), model, batch_of())
+    torch.testing.assert_close(scores, (whole @ whole.T).sum(1), rtol=1e-6, atol=1e-12)
+    [summed] = forward_scores(plain_scorer(InfluenceConfig(sketch="none"), model, 0), model, batch_of())
+    assert not torch.allclose(scores, summed, rtol=0.1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_ghost_scores_are_inner_products_of_true_gradients_of_single_texts(tiny_model, kind):
     """By autograd of each text alone, over all linear layers and the word embedding."""
