@@ -1,5 +1,6 @@
 """Scores of classifiers against loops over single texts, each in a forward of its own, without padding."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -44,9 +45,15 @@ def batch_of(texts: list[list[int]] = TEXTS, labels: list[int] = LABELS) -> Batc
     return Batch(ids_BT, labels_BT, units, {"attention_mask": mask_BT}, PADDING)
 
 
-def inputs_and_gradient(model: Any, text: list[int], label: int, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Of one text alone: what every layer reads, summed over its positions (the head's at the one that answers), and
-    the logit gradient by autograd."""
+def inputs_and_gradient(
+    model: Any,
+    text: list[int],
+    label: int,
+    names: list[str],
+    of_text: Callable[[Tensor], Tensor] = lambda rows: rows.sum(0),
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Of one text alone: what `of_text` makes of every layer's inputs, by default their sum over positions (of the
+    head's the one that answers), a row a call, and the logit gradient by autograd."""
     seen: dict[str, list[Tensor]] = {}
     modules = dict(model.named_modules())
 
@@ -60,7 +67,7 @@ def inputs_and_gradient(model: Any, text: list[int], label: int, names: list[str
     gradient = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([label])), logits)[0][0]
     summed = {}
     for name, calls in seen.items():  # some models read a layer several times
-        summed[name] = torch.stack([rows[-1] if name == head_of(model).name else rows.sum(0) for rows in calls])
+        summed[name] = torch.stack([rows[-1] if name == head_of(model).name else of_text(rows) for rows in calls])
     return summed, gradient
 
 
@@ -90,25 +97,10 @@ def test_layer_aware_scores_are_those_of_single_texts_without_padding(tiny_model
 def test_other_weights_of_positions_are_those_of_single_texts_without_padding(tiny_model, kind, positions):
     """Catches a mean over padding too, and a pooled layer that is divided by its text's length."""
     model = classifier(tiny_model(kind))
-    head = head_of(model).name
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
-    sketches = []
-    for text, label in zip(TEXTS, LABELS, strict=True):
-        seen: dict[str, Tensor] = {}
-        modules = dict(model.named_modules())
-        keep = [
-            modules[name].register_forward_pre_hook(
-                lambda _module, args, name=name: seen.update({name: args[0].detach().flatten(0, -2)})
-            )
-            for name in names
-        ]
-        logits = model(input_ids=torch.tensor([text])).logits
-        for hook in keep:
-            hook.remove()
-        gradient = torch.autograd.grad(F.cross_entropy(logits, torch.tensor([label])), logits)[0][0]
-        of_text = {"mean": lambda rows: rows.mean(0), "first": lambda rows: rows[0]}[positions]
-        inputs = [seen[name][-1] if name == head else of_text(seen[name]) for name in names]
-        sketches.append(torch.outer(torch.cat(inputs), gradient).flatten())
+    of_text = {"mean": lambda rows: rows.mean(0), "first": lambda rows: rows[0]}[positions]
+    found = [inputs_and_gradient(model, *pair, names, of_text) for pair in zip(TEXTS, LABELS, strict=True)]
+    sketches = [torch.outer(torch.cat([rows[0] for rows in inputs.values()]), g).flatten() for inputs, g in found]
     whole = torch.stack(sketches)
     influence = InfluenceConfig(estimator="lai", sketch="none", positions=positions)
     [scores] = forward_scores(plain_scorer(influence, model, 0), model, batch_of())
