@@ -225,8 +225,13 @@ def _table(file: str, data: DataConfig, whole_records: bool) -> Iterator[Documen
     try:
         with open(file, encoding="utf-8-sig", newline="") as stream:
             lines = csv.reader(stream, **how)
-            names = next(lines, [])
+            names, blank = next(lines, []), 0
             for row, values in enumerate(lines, 1):
+                if not values:
+                    blank += 1
+                    continue
+                yield from (Problem(file, number, "blank line") for number in range(row - blank, row))
+                blank = 0
                 if len(values) != len(names):
                     yield Problem(file, row, "another number of fields than the first line names")
                 else:
