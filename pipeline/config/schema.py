@@ -197,6 +197,10 @@ class TaskConfig:
     """sequence_classification: fraction of the training labels replaced by another one, any as likely, while preparing
     (an experiment: never for real training). Their subset is `planted/label`; both labels are in the prepared dataset's
     documents/train.parquet."""
+    true_label_field: str | None = None
+    """sequence_classification: field with the true label, where a set has that beside a noisy one, in place of
+    `label_noise`. Training texts learn the noisy one, and are on record in the same way where the two differ; held-out
+    texts count with the true one. Default: none."""
 
     @property
     def classifies(self) -> bool:
@@ -204,7 +208,11 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         fractions({"task.label_noise": self.label_noise})
-        for key in ("label_noise", "pair_field"):
+        if self.label_noise and self.true_label_field:
+            raise ValueError(
+                "task.label_noise and task.true_label_field both say which labels are wrong: leave one of them out"
+            )
+        for key in ("label_noise", "pair_field", "true_label_field"):
             if getattr(self, key) and not self.classifies:
                 raise ValueError(f"task.{key} is for task.kind 'sequence_classification': set that, or leave it out")
 

@@ -28,10 +28,12 @@ class Labelled:
     `classes`: those that a replaced label is drawn from (`task.label_noise`); None where none is replaced.
     """
 
-    def __init__(self, config: Config, tokenizer: PreTrainedTokenizerBase, classes: Sequence[str] | None) -> None:
+    def __init__(
+        self, config: Config, tokenizer: PreTrainedTokenizerBase, train: bool, classes: Sequence[str] | None
+    ) -> None:
         self._tokenizer, self._length, self._padding = tokenizer, config.data.sequence_length, padding_of(tokenizer)
         self._noise, self._seed = config.task.label_noise, preparation_seed(config)
-        self._task, self._classes = config.task, classes
+        self._task, self._train, self._classes = config.task, train, classes
         self._pairs = config.task.pair_field is not None and "token_type_ids" in tokenizer.model_input_names
         self._counts: Counter[str] = Counter()
         self._labels: Counter[str] = Counter()
@@ -55,8 +57,8 @@ class Labelled:
         found = []
         for number, (document, ids) in enumerate(zip(documents, batch["input_ids"], strict=True)):
             assert document.record is not None
-            true = document.record["label"]
-            label = self._flipped(document.text, true)
+            true = document.record["true_label"]
+            label = self._flipped(document.text, document.record["label"] if self._train else true)
             own = true if document.subset == "-" else document.subset
             row: dict[str, Any] = {"label": label}
             if self._pairs:
@@ -100,7 +102,7 @@ class Labelled:
             "cut": self._counts["cut"],
             "labels": {label: self._labels[label] for label in ordered(self._labels)},
             "answers": Answers(ordered(self._labels), self._padding)._asdict(),
-            **({"planted": {"label": flipped}} if self._classes else {}),
+            **({"planted": {"label": flipped}} if flipped else {}),
         }
 
     def _flipped(self, text: str, label: str) -> str:
@@ -115,24 +117,31 @@ class Labelled:
 
 
 def with_labels(found: Iterable[Document | Problem], task: TaskConfig) -> Iterator[Document | Problem]:
-    """Documents with whole records -> with a record of `label` and `pair` alone, or a problem where they have none."""
+    """Documents with whole records -> with a record of `label`, `true_label` and `pair` alone, or a problem where they
+    have none."""
+    true_field = task.true_label_field or task.label_field
     for document in found:
         if isinstance(document, Problem):
             yield document
             continue
-        label, pair = (field_of(document.record, name) if name else "-" for name in (task.label_field, task.pair_field))
-        what = None
-        if label in (None, ""):
-            what = f"no label field `{task.label_field}`"
-        elif isinstance(label, bool) or not isinstance(label, str | int):
-            what = f"label field `{task.label_field}` is neither a string nor an integer"
-        elif not isinstance(pair, str) or not pair.strip():
+        label, true = (field_of(document.record, name) for name in (task.label_field, true_field))
+        pair = field_of(document.record, task.pair_field) if task.pair_field else "-"
+        what = _trouble(label, task.label_field) or _trouble(true, true_field)
+        if not what and (not isinstance(pair, str) or not pair.strip()):
             what = f"no text in the field `{task.pair_field}`"
         if what:
             yield Problem(document.file, document.line, what)
         else:
-            record = {"label": str(label), "pair": pair}
+            record = {"label": str(label), "true_label": str(true), "pair": pair}
             yield Document(document.text, document.subset, document.file, document.line, record)
+
+
+def _trouble(label: object, name: str) -> str | None:
+    if label in (None, ""):
+        return f"no label field `{name}`"
+    if isinstance(label, bool) or not isinstance(label, str | int):
+        return f"label field `{name}` is neither a string nor an integer"
+    return None
 
 
 def ordered(labels: Iterable[str]) -> list[str]:

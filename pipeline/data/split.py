@@ -147,8 +147,9 @@ def _form(config: Config, tokenizer: PreTrainedTokenizerBase, split: Split) -> P
     """What the rows of a split are."""
     if not config.task.classifies:
         return Packed(config, tokenizer, split)
-    noisy = split == "train" and config.task.label_noise
-    return Labelled(config, tokenizer, _classes(config) if noisy else None)
+    train = split == "train"
+    classes = _classes(config) if train and config.task.label_noise else None
+    return Labelled(config, tokenizer, train, classes)
 
 
 def _classes(config: Config) -> list[str]:

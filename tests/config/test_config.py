@@ -292,6 +292,11 @@ REFUSED: list[tuple[dict[str, Any], str, list[dict[str, Any]]]] = [
         [{"task__label_noise": None}, {"task__kind": "sequence_classification"}],
     ),
     (
+        {"task__kind": "sequence_classification", "task__label_noise": 0.4, "task__true_label_field": "true"},
+        "task.label_noise and task.true_label_field both say which labels are wrong: leave one of them out",
+        [{"task__label_noise": None}, {"task__true_label_field": None}],
+    ),
+    (
         {"task__kind": "sequence_classification", "influence__unit": "document"},
         "influence.unit document is for packed text, and task.kind is 'sequence_classification': leave it out",
         [{"influence__unit": None}],

@@ -135,6 +135,29 @@ def test_flipped_labels_are_a_function_of_seed_and_text(tmp_path, bert_tokenizer
     assert {601 - place["line"] for place in places(other) if place["label"] != place["true_label"]} == flipped
 
 
+def test_noisy_labels_of_a_set_are_trained_on_and_on_record_and_held_out_texts_have_true_ones(tmp_path, bert_tokenizer):
+    """Catches an accuracy against noisy labels."""
+    rows = [row | {"human": COLOURS[number % 2]} for number, row in enumerate(records(30))]
+    task = TaskConfig(kind="sequence_classification", label_field="human", true_label_field="label")
+    config = config_of(tmp_path, bert_tokenizer, rows, task)
+    (tmp_path / "eval.jsonl").write_text(json.dumps(rows[2]) + "\n")
+    config = replace(config, data=replace(config.data, eval_files=str(tmp_path / "eval.jsonl")))
+    with pytest.raises(ValueError, match="no training text has the label 'blue'"):
+        prepare(config)  # nobody gave one that label
+    rows[5]["human"] = "blue"
+    config = config_of(tmp_path, bert_tokenizer, rows, task)
+    config = replace(config, data=replace(config.data, eval_files=str(tmp_path / "eval.jsonl")))
+    prepare(config)
+    found = {place["line"]: place for place in places(config)}
+    assert {line: (place["label"], place["true_label"]) for line, place in found.items()} == {
+        number + 1: (row["human"], row["label"]) for number, row in enumerate(rows)
+    }
+    wrong = sum(row["human"] != row["label"] for row in rows)
+    assert load_report(config.data.prepared_dir)["train"]["planted"] == {"label": wrong}
+    assert {place["subset"] for place in found.values() if place["label"] != place["true_label"]} == {"planted/label"}
+    assert [(place["label"], place["subset"]) for place in places(config, "eval")] == [("blue", "blue")]
+
+
 def test_tables_are_read_as_glue_writes_them(tmp_path, bert_tokenizer):
     """Catches a quote in a .tsv that swallows the lines behind it, and one in a .csv that does not."""
     (tmp_path / "a.tsv").write_text('text\tlabel\nw1 "w2\tred\nw3\tgreen\nw4\n')
