@@ -1,6 +1,6 @@
 """A checkpoint as a Hugging Face directory: weights, tokenizer, generation config, model card.
 
-python -m pipeline.export RUN_DIR/checkpoints/step-N DIR
+python -m pipeline.export RUN_DIR/checkpoints/step-N DIR     or checkpoints/best, checkpoints/latest
 
 The run's own config says the rest. Exit code 2, with a message, where the checkpoint is none or not whole, or DIR has
 something in it.
@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="what is written")
     arguments = parser.parse_args(argv)
     checkpoint, directory = arguments.checkpoint.resolve(), arguments.directory
+    if checkpoint.name in ("best", "latest") and checkpoint.is_file():  # files that name one
+        checkpoint = checkpoint.parent / checkpoint.read_text().strip()
     with exit_on_user_error("pipeline.export"):
         if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
             raise ValueError(f"{directory} exists and is no empty directory; name another one")

@@ -29,7 +29,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     scored, removed = (int(number) for number in np.sum([*units.values(), (0, 0)], axis=0))
     table.add_section()
     table.add_row("all", *_figures(before, after, other, None), str(scored), str(removed), _percent(removed, scored))
-    console = Console()
+    console, best = Console(), summary["best_checkpoint"]
     console.print(table)
     for row in summary["standing_out"]:
         console.print(f"stands out: {subset_rates.in_words(row)}", style="yellow", markup=False, soft_wrap=True)
@@ -37,7 +37,11 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"scoring took {_percent(summary['scoring_fraction'] or 0, 1)} % of the time of a step\n"
         f"ledger:      {summary['run_dir']}/ledger/*.parquet (one row per scored unit)\n"
         f"model:       {summary['run_dir']}/model (Hugging Face format)\n"
-        + (f"best:        {summary['best_checkpoint']} (of all evaluated)\n" if summary["best_checkpoint"] else "")
+        + (
+            f"best:        {summary['best_checkpoint']} (python -m pipeline.export makes a model of it)\n"
+            if summary["best_checkpoint"]
+            else ""
+        )
         + f"TensorBoard: tensorboard --logdir {summary['run_dir']}/tensorboard",
         highlight=False,
         soft_wrap=True,

@@ -29,6 +29,7 @@ def done(ranks, corpus, tiny_model, tmp_path_factory):
         data__max_eval_sequences=4,
         data__prepared_dir=directory / "prepared",
         checkpoint__every_steps=2,
+        checkpoint__best_of="all",
         observe__eval_every_steps=2,
         policy__rule="rate",
         policy__rate=0.3,
@@ -62,6 +63,10 @@ def test_a_checkpoint_becomes_a_directory_that_transformers_reads(done, tmp_path
     main([str(checkpoints / "step-2"), str(tmp_path / "early")])
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'early'}\n")
     assert largest_difference(weights(tmp_path / "early"), weights(tmp_path / "last")) > 0
+    for name in ("latest", "best"):
+        main([str(checkpoints / name), str(tmp_path / name)])
+        meant = {f"step-{STEPS}": "last", "step-2": "early"}[(checkpoints / name).read_text().strip()]
+        assert largest_difference(weights(tmp_path / name), weights(tmp_path / meant)) == 0
     text = (tmp_path / "early" / "README.md").read_text()
     rows = ledger.read(Path(done.run_dir)).to_pandas()
     early = rows[rows["step"] <= 2]
