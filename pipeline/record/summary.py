@@ -37,11 +37,7 @@ def print_summary(summary: dict[str, Any]) -> None:
         f"scoring took {_percent(summary['scoring_fraction'] or 0, 1)} % of the time of a step\n"
         f"ledger:      {summary['run_dir']}/ledger/*.parquet (one row per scored unit)\n"
         f"model:       {summary['run_dir']}/model (Hugging Face format)\n"
-        + (
-            f"best:        {summary['best_checkpoint']} (python -m pipeline.export makes a model of it)\n"
-            if summary["best_checkpoint"]
-            else ""
-        )
+        + (f"best:        {best} (python -m pipeline.export makes a model of it)\n" if best else "")
         + f"TensorBoard: tensorboard --logdir {summary['run_dir']}/tensorboard",
         highlight=False,
         soft_wrap=True,
