@@ -51,6 +51,7 @@ class Labelled:
             pairs if self._task.pair_field else None,
             truncation=True,
             max_length=self._length,
+            split_special_tokens=True,  # a text that spells one gets none
             return_attention_mask=False,
             return_token_type_ids=self._pairs,
         )
@@ -65,7 +66,7 @@ class Labelled:
                 types = batch["token_type_ids"][number]
                 row["token_type_ids"] = types + [0] * (self._length - len(types))
             subset = own if label == true else FLIPPED
-            cut = bool(batch[number].overflowing)
+            cut = bool(batch[number].overflowing) if batch.encodings else len(ids) == self._length
             found.append(
                 Encoded(np.array(ids, np.int32), subset, row, {"label": label, "true_label": true, "cut": cut})
             )

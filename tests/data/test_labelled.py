@@ -78,6 +78,19 @@ def test_rows_are_what_the_tokenizer_makes_of_each_text_alone(tmp_path, bert_tok
     assert report["labels"] == {"blue": 20, "green": 20, "red": 20}
 
 
+def test_a_text_that_spells_a_special_token_gets_none(tmp_path, bert_tokenizer):
+    """Catches a text that would end, or become padding, in its middle."""
+    rows = [{"text": "w1 [SEP] w2 [PAD]", "label": "red"}, {"text": "w3", "label": "blue"}]
+    config = config_of(tmp_path, bert_tokenizer, rows)
+    config = replace(config, data=replace(config.data, sequence_length=32))
+    prepare(config)
+    tokenizer = AutoTokenizer.from_pretrained(bert_tokenizer)
+    for row in load_split(config.data.prepared_dir, "train").to_list():
+        ids = [token for token, owner in zip(row["input_ids"], row["document_ids"], strict=True) if owner >= 0]
+        assert ids.count(tokenizer.sep_token_id) == 1
+        assert tokenizer.pad_token_id not in ids
+
+
 def test_batches_end_with_their_longest_text_and_have_one_label_each(tmp_path, bert_tokenizer):
     config = config_of(tmp_path, bert_tokenizer, [row for row in records(40) if len(row["text"].split()) < 5])
     prepare(config)
