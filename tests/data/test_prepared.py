@@ -422,6 +422,7 @@ def test_a_killed_preparation_leaves_nothing_that_looks_whole(tmp_path, small_to
     program = f"""
 import time
 from pathlib import Path
+from pipeline.data import split
 from tests.data.test_prepared import make_config, module, prepare, read_documents
 def stalling(*arguments):
     for number, document in enumerate(read_documents(*arguments)):

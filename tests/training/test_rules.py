@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from pipeline.config import cli
+from pipeline.config.schema import Config
 from pipeline.cost.config import BenchmarkRun
 from pipeline.train import parse
 from pipeline.training.rules import without_effect
@@ -56,6 +58,8 @@ def test_a_key_that_nothing_reads_is_said_and_each_remedy_ends_it(tmp_path, sett
 @pytest.mark.parametrize("file", sorted((ROOT / "launch").glob("*.yaml")), ids=lambda path: path.name)
 def test_no_shipped_config_sets_what_nothing_reads(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    said = without_effect(cli.parse("pipeline.benchmark", ["--config", str(file)], BenchmarkRun))
+    benchmark = "benchmark" in yaml.safe_load(file.read_text())
+    command, kind = ("pipeline.benchmark", BenchmarkRun) if benchmark else ("pipeline.train", Config)
+    said = without_effect(cli.parse(command, ["--config", str(file)], kind))
     # Arms share a dataset, the reference of one of them included.
     assert [each for each in said if not (file.name == "arms_pile.yaml" and "data.reference_files" in each)] == []

@@ -421,7 +421,7 @@ def test_the_audit_correlates_scores_with_how_losses_really_fell(ranks, corpus, 
     assert [event.step for event in events] == [1, 2]
     scores = torch.from_numpy(ledger.read(tmp_path / "audited" / "run")["score"].to_numpy()[:4].copy())
     expected = torch.corrcoef(torch.stack([scores, plain_falls(audited).double()]))[0, 1]
-    assert abs(events[0].value - float(expected)) < 1e-3
+    assert abs(events[0].value - float(expected)) < 3e-3  # losses fell by less than float32 tells exactly
     assert events[0].value >= least
     models = [weights(tmp_path / name / "run" / "model") for name in ("audited", "plain")]
     assert largest_difference(*models) == 0
