@@ -247,9 +247,9 @@ def test_scores_against_a_target_are_held_against_what_samples_do_to_its_loss(ad
         for row in rows
         if row["sketch"] == "none"
     }
-    assert found["ghost", "none", "ip"] > 0.95  # this model has norms beside; 0.972 to 0.995 by Python's own docstrings
+    assert found["ghost", "none", "ip"] > 0.99  # this model has norms beside
     assert found["ghost", "adam_state", "ip_adam"] > 0.98
-    assert found["shapley_adam_limit", "none", "shapley_adam"] > 0.99
+    assert found["shapley_adam_limit", "none", "shapley_adam"] > 0.95  # curvature; the docstrings are Python's own
     assert found["lookahead", "none", "shapley_adam"] > 0.8  # after three steps Adam's moments are mostly the target's
     assert found["lai", "none", "ip"] < 0.97  # else any five numbers would do
 
