@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config.schema import PolicyConfig
+from pipeline.config.schema_influence import PolicyConfig
 from pipeline.evidence.invariance import HALF_TOLERANCE, compare, first_few
 from pipeline.record import ledger
 

@@ -14,7 +14,7 @@ seeds=${3:?$usage}
 export PATH="$PWD/.venv/bin:$PATH"
 
 [ -f runs/data/emotion_texts/test.jsonl ] ||
-  python launch/labelled_texts.py emotion ../shared/data/emotion runs/data/emotion_texts
+  python launch/emotion_texts.py ../shared/data/emotion runs/data/emotion_texts
 named=()
 for arm in "${arms[@]}"; do
   case "$arm" in

@@ -26,7 +26,7 @@ never shards.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.config.schema import InfluenceConfig, PolicyConfig, SketchConfig
+    from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig, SketchConfig
     from pipeline.influence.check_model import check_model
     from pipeline.training.influence_engine import InfluenceEngine
 
@@ -44,7 +44,7 @@ def __getattr__(name: str) -> Any:
 
         return check_model
     if name in __all__:
-        from pipeline.config import schema
+        from pipeline.config import schema_influence
 
-        return getattr(schema, name)
+        return getattr(schema_influence, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,7 @@ from pipeline.engine import collectives, launch
 from pipeline.engine.checkpoint_files import load_weights
 from pipeline.engine.checkpoints import find_checkpoint
 from pipeline.models.load import load_model
+from pipeline.record.headline import TEXT, headline
 from pipeline.training.defaults import defaults
 from pipeline.training.evaluation import held_out
 from pipeline.training.preparing import prepare_on_rank_0
@@ -50,10 +51,10 @@ def main(argv: list[str] | None = None) -> None:
 def print_figures(title: str, figures: dict[str, Any]) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("subset")
-    answered = "accuracy" in figures["all"]
-    columns = {"loss": 4, "accuracy": 4} if answered else {"loss": 4, "perplexity": 2, "bits_per_byte": 4}
-    for column in ("texts" if answered else "tokens", *columns):
-        table.add_column(column.replace("bits_per_byte", "bits/byte"), justify="right")
+    shown = headline(figures["all"])
+    columns = {"loss": 4} | ({"perplexity": 2} if shown == TEXT else {}) | {shown.key: 4}
+    for column in ("tokens" if shown == TEXT else "texts", *columns):
+        table.add_column(shown.short if column == shown.key else column, justify="right")
     for name, row in [*figures["subsets"].items(), ("all", figures["all"])]:
         table.add_row(name, str(row["tokens"]), *(f"{row[key]:.{digits}f}" for key, digits in columns.items()))
     Console().print(table)

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config.cli import exit_on_user_error
-from pipeline.evidence.page import IN_WORDS, beyond, metric_of, pm, to_html
+from pipeline.evidence.page import beyond, compared_by, pm, to_html
 from pipeline.evidence.runs import _plain, read_run, report
 from pipeline.record import subset_rates
 
@@ -50,14 +50,14 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _print(content: dict[str, Any]) -> None:
     console = Console()
     if content["arms"]:
-        key = metric_of(content["arms"])
-        title = f"held-out {IN_WORDS[key]} by arm, mean ± spread over seeds; AUC of planted noise"
+        shown = compared_by(content["arms"])
+        title = f"held-out {shown.words} by arm, mean ± spread over seeds; AUC of planted noise"
         table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
         for column in ("arm", "seeds", "half", "full", "full - none", "beyond", "removed %", "AUC"):
             table.add_column(column, justify="right", no_wrap=True)
         table.columns[0].justify, table.columns[0].no_wrap, table.columns[0].min_width = "left", False, 12
         for row in content["arms"]:
-            half, full, removed = (row[key] for key in (f"half.{key}", f"full.{key}", "removed_fraction"))
+            half, full, removed = (row[key] for key in (f"half.{shown.key}", f"full.{shown.key}", "removed_fraction"))
             difference = (full or {}).get("difference")
             table.add_row(
                 row["arm"], str(len(row["seeds"])), pm(half, 3, spread=False), pm(full, 3),

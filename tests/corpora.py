@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.schema import Config, DataConfig, ModelConfig
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema_data import DataConfig
 
 DEEPSPEED = {
     "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "optimizer": {"type": "AdamW", "params": {}}

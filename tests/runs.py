@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from pipeline.config import cli
-from pipeline.config.schema import Config, InfluenceConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.micro_batch import MicroBatch

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pipeline.baselines.exact_ghost import ExactGhost
 from pipeline.config.cli import to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch, outermost
 from pipeline.cost.config import BenchmarkRun
 from pipeline.cost.memory import PeakMemory, bytes_held

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from pipeline.config.schema import BUILTIN, DataConfig
+from pipeline.config.schema_data import BUILTIN, DataConfig
 from pipeline.data.builtin import builtin_documents
 from pipeline.data.document import Document, Problem, Split
 from pipeline.data.hub import FORMS, hub_corpus, records

@@ -10,7 +10,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import BUILTIN, Config
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import BUILTIN
 from pipeline.data.corpus import resolve
 from pipeline.data.frame import frame_identity
 from pipeline.data.hub import commit_of

@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema_data import DataConfig
 
 
 @dataclass(frozen=True)

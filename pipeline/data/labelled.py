@@ -9,7 +9,8 @@ import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.config.answers import Answers
-from pipeline.config.schema import Config, TaskConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import TaskConfig
 from pipeline.data.corpus import field_of
 from pipeline.data.document import Document, Encoded, Problem
 from pipeline.data.fingerprint import preparation_seed

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema_data import DataConfig
 
 
 def left_out(data: DataConfig, there: Sequence[range]) -> list[int]:

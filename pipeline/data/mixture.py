@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.schema_data import SourceConfig
 from pipeline.data.order import Order
 
 PARTS = 1_000_000

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from pipeline.config.schema import BUILTIN, DataConfig
+from pipeline.config.schema_data import BUILTIN, DataConfig
 from pipeline.data.corpus import resolve, same_source
 from pipeline.data.held_out import digest
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config.answers import Answers
-from pipeline.config.schema import SourceConfig
+from pipeline.config.schema_data import SourceConfig
 from pipeline.data.batch import IGNORE, PADDING, Batch, Unit, next_token_labels, to_device
 from pipeline.data.mixture import MixtureOrder, Piece, sources_of
 from pipeline.data.order import Order
@@ -64,26 +64,21 @@ class Samples:
     def batch_at(self, positions: list[int], device: torch.device) -> Batch:
         """The sequences at these positions."""
         rows = self._at(self._rows, positions)
+        if self._answers:
+            return self._labelled(self._answers, rows, positions, device)
         ids_BT = torch.from_numpy(np.stack(rows["input_ids"]).astype(np.int64))
         documents_BT = torch.from_numpy(np.stack(rows["document_ids"]))
         left_out_BT = torch.from_numpy(np.isin(documents_BT.numpy(), self._leave_out))
-        if self._answers:
-            return self._labelled(self._answers, rows, positions, ids_BT, documents_BT != PADDING, left_out_BT, device)
         labels_BT = next_token_labels(ids_BT.where((documents_BT != PADDING) & ~left_out_BT, IGNORE))
         labels_BT = labels_BT.where(~left_out_BT, IGNORE)
         ids_BT = ids_BT.where(~left_out_BT, 0)
         return Batch(to_device(ids_BT, device), to_device(labels_BT, device), self._units_of(rows, positions))
 
-    def _labelled(
-        self,
-        answers: Answers,
-        rows: dict,
-        positions: list[int],
-        ids_BT: Tensor,
-        attended_BT: Tensor,
-        left_out_BT: Tensor,
-        device: torch.device,
-    ) -> Batch:
+    def _labelled(self, answers: Answers, rows: dict, positions: list[int], device: torch.device) -> Batch:
+        ids_BT = torch.from_numpy(np.stack(rows["input_ids"]).astype(np.int64))
+        documents_BT = np.stack(rows["document_ids"])
+        attended_BT = torch.from_numpy(documents_BT != PADDING)
+        left_out_BT = torch.from_numpy(np.isin(documents_BT, self._leave_out))
         length = int(attended_BT.sum(1).max())
         at_B = answer_positions(ids_BT[:, :length], answers.padding)
         classes = {label: index for index, label in enumerate(answers.classes)}

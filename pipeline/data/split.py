@@ -14,7 +14,8 @@ from datasets import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from pipeline.config.schema import BUILTIN, Config
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import BUILTIN
 from pipeline.data.corpus import Problems, read_documents, resolve
 from pipeline.data.document import Document, Encoded, Problem, Split
 from pipeline.data.fingerprint import preparation_seed

@@ -7,15 +7,10 @@ from typing import Any
 
 from pipeline.config.cli import to_dict
 from pipeline.config.differences import flat
-from pipeline.config.schema import InfluenceConfig, PolicyConfig
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
+from pipeline.record.headline import headline
 
 BASELINE = "none"
-
-
-METRICS = ("perplexity", "bits_per_byte")
-
-
-METRICS_OF_ANSWERS = ("loss", "accuracy")
 
 
 _CONTROLS = ("influence.estimator", "influence.unit", "influence.scope", "influence.oracle_subsets")
@@ -94,13 +89,12 @@ def other_differences(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[An
 def compare(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each arm, the baseline first: arm, seeds, and for everything measured its mean and spread.
 
-    `runs`: arm, seed, half and full (METRICS, of classifiers METRICS_OF_ANSWERS, by name at half and full length, or
-    None), removed, removed_fraction, noise_auc, noise_recall (None where unknown). A row has, beside these, for each
-    metric at half and full length, as `full.bits_per_byte`: mean, spread, values (by seed), difference. spread is the
-    standard deviation between seeds (n - 1; None for one). difference is to the baseline's run of the same seed: mean,
-    spread, seeds, values, and beyond_spread, whether the mean's size exceeds the spread (None below two seeds): with
-    three seeds that is a t of 1.7, an indication and no proof. Raises ValueError where two runs have arm and seed in
-    common.
+    `runs`: arm, seed, half and full (held-out figures at half and full length, or None), removed, removed_fraction,
+    noise_auc, noise_recall (None where unknown). A row has, beside these, for the headline figure and the one beside it
+    at half and full length, as `full.bits_per_byte`: mean, spread, values (by seed), difference. spread is the standard
+    deviation between seeds (n - 1; None for one). difference is to the baseline's run of the same seed: mean, spread,
+    seeds, values, and beyond_spread, whether the mean's size exceeds the spread (None below two seeds): with three
+    seeds that is a t of 1.7, an indication and no proof. Raises ValueError where two runs have arm and seed in common.
     """
     by_arm: dict[str, dict[int, dict[str, Any]]] = {}
     for run in sorted(runs, key=lambda run: (run["arm"] != BASELINE, run["arm"], run["seed"])):
@@ -109,15 +103,14 @@ def compare(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             both = f"{own[run['seed']]['run_dir']} and {run['run_dir']}"
             raise ValueError(f"{both} are the same arm ({run['arm']}) with the same seed: give one of them")
         own[run["seed"]] = run
-    answered = any("accuracy" in (run["full"] or {}) for run in runs)
-    metrics = METRICS_OF_ANSWERS if answered else METRICS
+    shown = headline(next((run["full"] for run in runs if run["full"]), None))
     rows = []
     for arm, own in by_arm.items():
         row: dict[str, Any] = {"arm": arm, "seeds": list(own)}
         for name in ("removed", "removed_fraction", "noise_auc", "noise_recall"):
             row[name] = _summary({seed: run[name] for seed, run in own.items() if run[name] is not None})
         for length in ("half", "full"):
-            for metric in metrics:
+            for metric in (shown.beside, shown.key):
                 mine, base = (
                     {seed: run[length][metric] for seed, run in group.items() if run[length]}
                     for group in (own, by_arm.get(BASELINE, {}))

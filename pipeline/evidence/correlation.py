@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.config.schema import InfluenceConfig, SketchConfig
+from pipeline.config.schema_influence import InfluenceConfig, SketchConfig
 
 
 @dataclass

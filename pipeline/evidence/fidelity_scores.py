@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from pipeline.baselines.flattened import flattened_grams
 from pipeline.baselines.last_blocks import partial_backward_gram
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch
 from pipeline.data.prepared import ensure_prepared

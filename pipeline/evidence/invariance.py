@@ -24,7 +24,8 @@ import pyarrow.compute as pc
 
 from pipeline.config.cli import to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import Config, PolicyConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_influence import PolicyConfig
 from pipeline.data.prepared import ensure_prepared
 from pipeline.engine.launch import get_accelerator
 from pipeline.record import ledger

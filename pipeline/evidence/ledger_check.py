@@ -11,7 +11,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.schema import SourceConfig
+from pipeline.config.schema_data import SourceConfig
 from pipeline.data.samples import Samples, training_samples
 from pipeline.evidence.invariance import first_few
 from pipeline.record import ledger

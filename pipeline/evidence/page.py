@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.evidence import figures, ledger_tables
 from pipeline.record import subset_rates
+from pipeline.record.headline import ANSWERS, TEXT, Headline
 
 _QUARTERS = ["1/4", "2/4", "3/4", "4/4"]
 
@@ -15,19 +16,14 @@ _QUARTERS = ["1/4", "2/4", "3/4", "4/4"]
 # The comparison of arms
 
 
-IN_WORDS = {"bits_per_byte": "bits per byte", "accuracy": "accuracy"}
-
-
-def metric_of(rows: list[dict[str, Any]]) -> str:
-    """What the arms of `arms.compare` are compared by: bits per byte, of classifiers accuracy."""
-    return "accuracy" if rows and "full.accuracy" in rows[0] else "bits_per_byte"
+def compared_by(rows: list[dict[str, Any]]) -> Headline:
+    """The figure by which the arms of `arms.compare` are compared."""
+    return ANSWERS if rows and f"full.{ANSWERS.key}" in rows[0] else TEXT
 
 
 def _arms_table(rows: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Columns and cells of the comparison on the page."""
-    key = metric_of(rows)
-    other = "loss" if key == "accuracy" else "perplexity"
-    short = "accuracy" if key == "accuracy" else "bits/byte"
+    key, short, _, other, _ = compared_by(rows)
     columns = ["arm", "seeds", f"{other} half", f"{other} full", f"{short} half", f"{short} full", "full - none"]
     columns += ["beyond spread", "removed", "removed %", "noise AUC", "noise recall"]
     cells = []
@@ -96,18 +92,18 @@ def to_html(content: dict[str, Any]) -> str:
 
 
 def _arms(content: dict[str, Any]) -> list[str]:
-    rows, key = content["arms"], metric_of(content["arms"])
+    rows, shown = content["arms"], compared_by(content["arms"])
     parts = ["<h2>Does dropping help? Arms against each other</h2>", _table(*_arms_table(rows))]
     parts.append(_note(
         "Held-out figures at half and full length: mean over seeds ± standard deviation between seeds. “full - none” "
-        f"is the difference in {IN_WORDS[key]} to the run of arm none with the same seed, mean ± standard deviation "
-        f"of these differences; {'above' if key == 'accuracy' else 'below'} 0 is better. It is “beyond spread” where "
+        f"is the difference in {shown.words} to the run of arm none with the same seed, mean ± standard deviation "
+        f"of these differences; {shown.better} 0 is better. It is “beyond spread” where "
         "the mean is larger than that deviation: with three seeds an indication, no proof. Noise AUC and recall: all "
         "kinds of planted noise together."
     ))  # fmt: skip
-    compared = [row for row in rows if (row[f"full.{key}"] or {}).get("difference")]
+    compared = [row for row in rows if (row[f"full.{shown.key}"] or {}).get("difference")]
     if compared:
-        image = figures.differences(compared, key, IN_WORDS[key])
+        image = figures.differences(compared, shown.key, shown.words)
         parts.append(_image(image, "difference to none by arm"))
         parts.append(_note("Dots: seeds. Diamonds: their mean ± standard deviation."))
     else:

@@ -1,4 +1,4 @@
-"""Before the first step: do the gradients that `ghost` sees belong to this model?"""
+"""Before the first step: does this model compute, and answer, where scores look for it?"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit, next_token_labels
 from pipeline.influence.ghost import Ghost, Weight
@@ -153,7 +153,8 @@ def _short(model: PreTrainedModel, seed: int) -> Batch:
     if isinstance(head_of(model), AnswerHead):  # both texts answered with the first class, at their ends
         labels_BT = torch.full_like(ids_BT, IGNORE)
         labels_BT[:, -1] = 0
-        ids_BT[ids_BT == model.config.pad_token_id] += 1  # or they would end before it
+        padding_BT = ids_BT == model.config.pad_token_id  # or they would end before it
+        ids_BT = torch.where(padding_BT, (ids_BT + 1) % vocabulary, ids_BT)
     return Batch(ids_BT, labels_BT, units)
 
 

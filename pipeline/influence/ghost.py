@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Span
 from pipeline.influence.adam import adam_factors, saturation

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import PolicyConfig
+from pipeline.config.schema_influence import PolicyConfig
 
 
 @dataclass(frozen=True)

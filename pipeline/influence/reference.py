@@ -5,7 +5,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 
 
 class Reference(Protocol):

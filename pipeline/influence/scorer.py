@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch
 from pipeline.influence.controls import Unwatched

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import Config, InfluenceConfig, PolicyConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.appendix_e import AppendixE

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import Trainer
 from transformers.trainer_utils import has_length
 
-from pipeline.config.schema import InfluenceConfig, PolicyConfig
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
 from pipeline.engine import collectives
 from pipeline.record.outcome import Outcome
 from pipeline.training.influence_engine import InfluenceEngine

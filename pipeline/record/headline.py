@@ -1,12 +1,24 @@
 """Which held-out figure people look at: bits per byte of text, accuracy of answers."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 
-def headline(evaluation: Mapping[str, Any] | None) -> str:
-    """Its key in an evaluation's figures."""
-    return "accuracy" if evaluation and "accuracy" in evaluation["all"] else "bits_per_byte"
+class Headline(NamedTuple):
+    key: str
+    """In an evaluation's figures."""
+    short: str
+    words: str
+    beside: str
+    """Key of the figure beside it."""
+    better: str
+    """On which side of 0 a difference is good."""
 
 
-WORDS = {"accuracy": "accuracy", "bits_per_byte": "bits/byte"}
+TEXT = Headline("bits_per_byte", "bits/byte", "bits per byte", "perplexity", "below")
+ANSWERS = Headline("accuracy", "accuracy", "accuracy", "loss", "above")
+
+
+def headline(figures: Mapping[str, Any] | None) -> Headline:
+    """Of the figures of one subset, or of all text."""
+    return ANSWERS if figures and "accuracy" in figures else TEXT

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCardData
 from pipeline.config.schema import Config
 from pipeline.data.hub import hub_corpus
 from pipeline.record import ledger, subset_rates
-from pipeline.record.headline import WORDS, headline
+from pipeline.record.headline import headline
 
 PAPER = "https://arxiv.org/abs/2510.16007"
 
@@ -77,9 +77,9 @@ def _held_out(evaluations: Mapping[int, dict[str, Any]], step: int) -> str:
     if after is None:
         return ""
     every = {"all": after["all"], **after["subsets"]}
-    key = headline(after)
-    lines = [f"| {name} | {_figure(before, name, key)} | {row[key]:.3f} |" for name, row in every.items()]
-    head = [f"| held-out text | {WORDS[key]} before | after |", "|---|---|---|"]
+    shown = headline(after["all"])
+    lines = [f"| {name} | {_figure(before, name, shown.key)} | {row[shown.key]:.3f} |" for name, row in every.items()]
+    head = [f"| held-out text | {shown.short} before | after |", "|---|---|---|"]
     return "\n".join(["## Held-out text\n", *head, *lines])
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.record import subset_rates
-from pipeline.record.headline import WORDS, headline
+from pipeline.record.headline import headline
 
 
 def print_summary(summary: dict[str, Any]) -> None:
@@ -19,7 +19,7 @@ def print_summary(summary: dict[str, Any]) -> None:
     table.add_column("subset")
     other = summary.get("compared_with")
     names = ("after", f"less {Path(other['run_dir']).name}") if other else ("after",)
-    for name in (f"{WORDS[headline(after)]} before", *names, "units", "removed", "removed %"):
+    for name in (f"{headline(after and after['all']).short} before", *names, "units", "removed", "removed %"):
         table.add_column(name, justify="right")
     for subset in sorted({*units, *(before or {}).get("subsets", {})}):
         scored, removed = units.get(subset, (0, 0))
@@ -49,7 +49,7 @@ def _figures(
 ) -> list[str]:
     """Before, after, and where there is another run how much more than its after."""
     found = [e and (e["subsets"].get(subset) if subset else e["all"]) for e in (before, after)]
-    key = headline(after)
+    key = headline(after and after["all"]).key
     shown = [f"{e[key]:.3f}" if e else "-" for e in found]
     if other is None:
         return shown

@@ -148,7 +148,7 @@ class TensorBoard:
         if rest := [row for name, row in rows.items() if name not in own]:
             shown[OTHER] = _together(rest)
         for name, row in shown.items():
-            self.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", headline(figures))}, step)
+            self.scalars({f"validation/{tag}/{name}": row[tag] for tag in ("loss", headline(row).key)}, step)
 
     def by_subset(self) -> dict[str, tuple[int, int]]:
         """(units, removed) since the run began, of the subsets that are shown; all others are `other` together."""

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import PolicyConfig
+from pipeline.config.schema_influence import PolicyConfig
 from pipeline.influence.policy import decide_tokens
 from pipeline.influence.scorer import Scored
 from pipeline.record.outcome import Decided, OfTokens, UnitTable

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from pipeline.config.schema import BUILTIN, TRAIN_TOKENIZER, DataConfig
+from pipeline.config.schema import TRAIN_TOKENIZER
+from pipeline.config.schema_data import BUILTIN, DataConfig
 from pipeline.data.corpus import SUFFIXES
 from pipeline.data.limits import positions_of
 

@@ -107,7 +107,10 @@ def held_out(model: Callable[..., Any], config: Config, batch_size: int) -> dict
     if answers := load_answers(directory):
         samples = Samples(rows, config.seed, "sequence", answers=answers)
         return evaluate_answers(model, samples, len(rows), sorted(sizes), batch_size)
-    logits_of = lambda ids_BT: model(input_ids=ids_BT, use_cache=False).logits  # noqa: E731
+
+    def logits_of(ids_BT: Tensor) -> Tensor:
+        return model(input_ids=ids_BT, use_cache=False).logits
+
     return evaluate(logits_of, rows, sizes, batch_size, launch.device())
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import InfluenceConfig, PolicyConfig
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch
 from pipeline.data.rows import Rows, batch_of

@@ -4,7 +4,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from pipeline.config.schema import Config, InfluenceConfig, PolicyConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
 from pipeline.training.influence_engine import InfluenceEngine
 from pipeline.training.model_check import numbers_of, scored_share
 

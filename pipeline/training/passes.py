@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import InfluenceConfig, PolicyConfig
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.engine import collectives

@@ -8,7 +8,8 @@ import yaml
 from pipeline.config import cli
 from pipeline.config.cli import to_dict, to_yaml
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import Config, SourceConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import SourceConfig
 from pipeline.cost.config import BenchmarkRun
 from pipeline.evidence.config import FidelityRun
 from pipeline.influence.table import check_config

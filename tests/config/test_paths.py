@@ -1,6 +1,7 @@
 import os
 
-from pipeline.config.schema import Config, DataConfig, ModelConfig
+from pipeline.config.schema import Config, ModelConfig
+from pipeline.config.schema_data import DataConfig
 
 
 def test_a_tilde_is_the_home_directory_in_every_key_that_is_a_path(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema_data import DataConfig
 from pipeline.data import builtin
 from pipeline.data.builtin import builtin_documents
 from pipeline.data.corpus import read_documents

@@ -14,7 +14,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema_data import DataConfig
 from pipeline.data import corpus
 from pipeline.data.corpus import Problems, read_documents, resolve
 from pipeline.data.document import Document, Problem

@@ -11,7 +11,7 @@ import pytest
 import zstandard
 
 from pipeline.config.differences import changes
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema_data import DataConfig
 from pipeline.data.corpus import check_files, read_documents
 from pipeline.data.document import Document
 from pipeline.data.fingerprint import Known, fingerprint

@@ -11,7 +11,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipeline.config.schema import Config, DataConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import DataConfig
 from pipeline.data.leave_out import left_out
 from pipeline.data.prepared import ensure_prepared, load_report, load_split, prepare
 from pipeline.data.tokenizer import load_tokenizer, train_tokenizer

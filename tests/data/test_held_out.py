@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.schema import Config, SourceConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import SourceConfig
 from pipeline.data.held_out import is_held_out
 from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_report, prepare
 from pipeline.data.tokenizer import train_tokenizer

@@ -10,7 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, BertTokenizerFast, PreTrainedTokenizerFast
 
-from pipeline.config.schema import Config, TaskConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import TaskConfig
 from pipeline.data.prepared import ensure_prepared, load_answers, load_report, load_split, prepare
 from pipeline.data.samples import training_samples
 from tests.corpora import make_config

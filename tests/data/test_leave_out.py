@@ -4,7 +4,7 @@ import datasets
 import pytest
 import torch
 
-from pipeline.config.schema import DataConfig
+from pipeline.config.schema_data import DataConfig
 from pipeline.data.batch import IGNORE, PADDING
 from pipeline.data.document import SHARD, document_ids
 from pipeline.data.leave_out import left_out

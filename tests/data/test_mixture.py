@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import Config, SourceConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import SourceConfig
 from pipeline.data.mixture import PARTS, Deal, MixtureOrder, Source, plan, shares_of
 from pipeline.data.order import Order
 from pipeline.data.prepared import ensure_prepared, load_report, load_split, prepare

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import AutoTokenizer
 
-from pipeline.config.schema import Config, SourceConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import SourceConfig
 from pipeline.data.corpus import read_documents
 from pipeline.data.document import SHARD, Document, document_ids
 from pipeline.data.prepared import ensure_prepared, load_fingerprint, load_report, load_split, prepare

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import InfluenceConfig, SketchConfig
+from pipeline.config.schema_influence import InfluenceConfig, SketchConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.cost.memory import PeakMemory
 from pipeline.cost.random_tokens import RandomTokens

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from pipeline.config.schema import Config, SourceConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_data import SourceConfig
 from pipeline.data.prepared import load_report
 from pipeline.data.samples import training_samples
 from pipeline.evidence.explain import explain_step

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.cli import to_yaml
-from pipeline.config.schema import SketchConfig
+from pipeline.config.schema_influence import SketchConfig
 from pipeline.data.prepared import load_split
 from pipeline.data.samples import Samples
 from pipeline.engine import checkpoint_files

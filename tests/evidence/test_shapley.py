@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from pipeline.baselines.flattened import flattened_grams
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.evidence.fidelity_scores import scores_of
 from pipeline.evidence.references import (

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pipeline.config.cli import to_yaml
-from pipeline.config.schema import PolicyConfig
+from pipeline.config.schema_influence import PolicyConfig
 from pipeline.data.prepared import ensure_prepared, load_split
 from pipeline.data.samples import Samples
 from pipeline.evidence.invariance import compare

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pipeline.config.answers import Answers
-from pipeline.config.schema import InfluenceConfig, ModelConfig
+from pipeline.config.schema import ModelConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.data.samples import answer_positions
 from pipeline.influence.check_model import gradient_errors

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config.schema import InfluenceConfig, SketchConfig
+from pipeline.config.schema_influence import InfluenceConfig, SketchConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.evidence.references import Adam

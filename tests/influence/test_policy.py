@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.schema import PolicyConfig
+from pipeline.config.schema_influence import PolicyConfig
 from pipeline.influence.policy import decide, decide_tokens
 
 ALL = torch.tensor([3.0, -2.0, 0.0, -5.0, 1.0, 4.0, 2.0, 6.0])

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.config.schema import InfluenceConfig, SketchConfig
+from pipeline.config.schema_influence import InfluenceConfig, SketchConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit
 from pipeline.influence.adam import adam_factors

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pipeline.config.schema import InfluenceConfig, SketchConfig
+from pipeline.config.schema_influence import InfluenceConfig, SketchConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch, Unit, next_token_labels
 from pipeline.influence.micro_batch import MicroBatch, forward_losses

@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from pipeline.config.schema import Config, DataConfig, InfluenceConfig, ModelConfig, ObserveConfig, PolicyConfig
+from pipeline.config.schema import Config, ModelConfig, ObserveConfig
+from pipeline.config.schema_data import DataConfig
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.influence.appendix_e import AppendixE
 from pipeline.influence.scorer import ControlScorer, SketchScorer

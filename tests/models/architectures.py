@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 import pipeline
-from pipeline.config.schema import InfluenceConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import IGNORE, Batch, Unit, next_token_labels
 from pipeline.influence.check_model import check_model

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import MixtralConfig, MixtralForCausalLM, OlmoeConfig, OlmoeForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.config.schema import InfluenceConfig, SketchConfig
+from pipeline.config.schema_influence import InfluenceConfig, SketchConfig
 from pipeline.data.batch import Batch, Unit, next_token_labels
 from pipeline.models.experts import Experts
 from pipeline.models.layers import POSITIONS, VECTOR, Layer, head_of, layers_of

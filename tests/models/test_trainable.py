@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pipeline.config.schema import InfluenceConfig, ModelConfig
+from pipeline.config.schema import ModelConfig
+from pipeline.config.schema_influence import InfluenceConfig
 from pipeline.config.timing import Stopwatch
 from pipeline.data.batch import Batch
 from pipeline.influence.check_model import check_model

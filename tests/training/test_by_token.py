@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from pipeline.config.deepspeed_json import read_deepspeed_config
-from pipeline.config.schema import Config, InfluenceConfig, PolicyConfig
+from pipeline.config.schema import Config
+from pipeline.config.schema_influence import InfluenceConfig, PolicyConfig
 from pipeline.data.batch import IGNORE
 from pipeline.data.prepared import load_split
 from pipeline.data.samples import Samples
